@@ -1,0 +1,79 @@
+"""Prompts: from a file to the token ids that a model sees, and back.
+
+A prompt file has one JSON object per line:
+
+    prompt      text, or a list of chat messages {"role": .., "content": ..}
+    solution    reference completion, for methods that learn from fixed data                    (optional)
+    answer      what `grader` compares a completion with                                        (optional)
+    grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
+
+A model with a chat template sees its own template around the messages (plain text becomes one user message); one without
+sees the plain text. The completion is never rendered: it is token ids from the sampler, or encode_completion.
+"""
+import json
+from pathlib import Path
+
+from . import convert
+from .graders import GRADERS
+
+
+def load_prompts(source, branch):
+    """The rows of a prompt file or of a public set (data/convert.py), each with its branch and row number.
+
+    Anything unusable is refused with its line number.
+    """
+    if source in convert.SETS:
+        lines = [json.dumps(row) for row in convert.rows(source)]
+    elif Path(source).is_file():
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    else:
+        raise ValueError(f"no prompt file {source} (public sets that are known: {', '.join(convert.SETS)})")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}:{number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or not row.get("prompt"):
+            raise ValueError(f'{source}:{number}: a row is an object with a non-empty "prompt", not {line[:60]}')
+        if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
+            raise ValueError(f'{source}:{number}: "prompt" is text or a list of {{"role", "content"}} messages')
+        if "answer" in row and row.setdefault("grader", "exact") not in GRADERS:
+            raise ValueError(f"{source}:{number}: unknown grader {row['grader']!r}; there are: {', '.join(GRADERS)}")
+        prompts.append({**row, "branch": branch, "row": number})
+    if not prompts:
+        raise ValueError(f"{source} has no prompts")
+    return prompts
+
+
+def is_chat(prompt):
+    return isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+
+
+def encode_prompt(tok, prompt, template_kwargs=None):
+    """Token ids of a prompt as the model sees it, up to where its completion begins."""
+    if tok.chat_template:
+        messages = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {}))
+        ids = tok(text, add_special_tokens=False).input_ids
+    elif is_chat(prompt):
+        raise ValueError(f"{tok.name_or_path} has no chat template, but the prompt is a list of messages")
+    else:
+        ids = tok(prompt).input_ids
+        if len(ids) > 1 and ids[-1] == tok.eos_token_id:         # some tokenizers close every text
+            ids = ids[:-1]
+    if not ids:
+        raise ValueError(f"a prompt without tokens: {prompt!r}")
+    return ids
+
+
+def encode_completion(tok, text):
+    """Token ids of a reference completion, closed by EOS: the student has to learn to stop."""
+    return tok(text, add_special_tokens=False).input_ids + [tok.eos_token_id]
+
+
+def prompt_text(prompt):
+    """One readable line, for logs."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

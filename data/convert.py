@@ -1,0 +1,56 @@
+"""Converters from public sets to prompt rows (data/chat.py): `--prompts openai/gsm8k`, or by hand
+
+    python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs the package datasets)
+    python -m data.convert openai/gsm8k --file test.jsonl > gsm8k.jsonl  from a file in the set's own format
+"""
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+
+def gsm8k(row):
+    steps, answer = row["answer"].rsplit("####", 1)
+    return {"prompt": MATH_PROMPT.format(row["question"]), "answer": answer.strip(), "grader": "number",
+            "solution": f"{steps.strip()}\n\\boxed{{{answer.strip()}}}"}
+
+
+def math(row):
+    return {"prompt": MATH_PROMPT.format(row["problem"]), "answer": str(row["answer"]), "grader": "boxed"}
+
+
+@dataclass(frozen=True)
+class Set:
+    convert: Callable
+    config: str | None
+    split: str
+
+
+SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": Set(math, None, "test"),
+        "math-ai/aime24": Set(math, None, "test"), "math-ai/aime25": Set(math, None, "test"),
+        "math-ai/amc23": Set(math, None, "test")}
+
+
+def rows(name, file=None):
+    """The prompt rows of a set, from the hub or from a JSON-lines file in the set's own format."""
+    if file:
+        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise SystemExit(f"{name} is on the hub: pip install datasets, or give a file") from None
+        raw = load_dataset(name, SETS[name].config, split=SETS[name].split)
+    return [SETS[name].convert(row) for row in raw]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SETS)
+    parser.add_argument("--file", help="JSON lines in the set's own format")
+    args = parser.parse_args()
+    for converted in rows(args.name, args.file):
+        print(json.dumps(converted, ensure_ascii=False))

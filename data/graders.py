@@ -1,0 +1,74 @@
+"""Graders: does a completion answer the question? One function per convention, each -> float in [0, 1].
+
+    exact         the completion, stripped, is the answer
+    number        the last number (after `####` or in \\boxed{} if there is one) equals the answer's; GSM8K
+    boxed         the last \\boxed{} is mathematically the answer; MATH, AIME (needs math-verify)
+    letter_tag    the text of the last <answer> tag is the answer's letter; SciKnowEval
+    final_letter  the letter of the last "Final answer: X" is the answer's; MedQA
+"""
+import re
+from decimal import Decimal
+
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")     # the minus of 10-5 is not a sign
+
+
+def exact(completion, answer):
+    return float(completion.strip() == answer.strip())
+
+
+def number(completion, answer):
+    found, gold = last_number(completion), last_number(answer)
+    if gold is None:
+        raise ValueError(f"grader 'number' needs an answer with a number, not {answer!r}")
+    return float(found == gold)
+
+
+def boxed(completion, answer):
+    found = last_boxed(completion)
+    if found is None:
+        return 0.0
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise SystemExit("grader 'boxed' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+    return float(verify(parse(f"${answer}$"), parse(f"${found}$")))         # gold first: the order matters
+
+
+def letter_tag(completion, answer):
+    found = re.findall(r"<answer>(.*?)</answer>", completion, re.S)
+    return float(bool(found) and found[-1].strip() == answer.strip())
+
+
+def final_letter(completion, answer):
+    found = re.findall(r"final answer:\W*\b([A-Z])\b", completion, re.I)
+    return float(bool(found) and found[-1].upper() == answer.strip().upper())
+
+
+GRADERS = {f.__name__: f for f in (exact, number, boxed, letter_tag, final_letter)}
+
+
+def grade(grader, completion, answer):
+    """Score of a completion (text without its EOS) in [0, 1] by a grader's name."""
+    if grader not in GRADERS:
+        raise ValueError(f"unknown grader {grader!r}; there are: {', '.join(GRADERS)}")
+    return GRADERS[grader](completion, str(answer))
+
+
+def last_number(text):
+    """The number a solution ends on, as a Decimal: 1,000 = $1000 = 1000.00. None when there is none."""
+    text = text.rsplit("####", 1)[-1] if "####" in text else last_boxed(text) or text
+    found = NUMBER.findall(text)
+    return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
+
+
+def last_boxed(text):
+    """Contents of the last \\boxed{..}, braces balanced; None when there is none or it never closes."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + 7:end]
+    return None

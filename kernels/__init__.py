@@ -1,0 +1,130 @@
+"""Fused vocabulary-level losses: hidden states in, loss and gradients out, never an [N, V] tensor.
+
+    loss = sum_n weight_n * D(p_n, q_n)  +  sum_n label_weight_n * -log p_n(y_n)
+
+with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the teacher's logits. Both gradients (hidden
+states and head) are computed in the forward pass, chunk by chunk, while the logits exist, and only scaled in backward.
+
+Backends, one result: "torch" (chunked.py: any device, any dtype) and "dense" (the oracle: plain autograd on whole logits).
+"""
+import torch
+
+from losses import divergence as dense_divergence
+from losses import lookup, mix
+
+from . import chunked
+
+BACKENDS = ("torch", "dense")
+
+
+def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=None, *, divergence="rkl", knob=None,
+                      temperature=1.0, target=(1.0, 0.0), support="full", top_k=None, labels_N=None,
+                      label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None, chunk_bytes=None, backend=None):
+    """Weighted sum of per-token divergences between two language models' heads, with an optional label term.
+
+    hidden_s_NH [N, Hs], head_s_VH [V, Hs]   the student; the loss is differentiable with respect to these two
+    hidden_t_NH [N, Ht], head_t_VH [V', Ht]  the teacher, constant; Hs != Ht and V != V' are normal
+    weight_N [N]                             weight of each token's divergence; None = ones; may be negative
+    divergence, knob, target                 a name in losses.DIVERGENCES, its knob, the target (losses.py)
+    temperature                              divides both models' logits
+    support                                  "full": every shared vocabulary entry counts
+    labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); label_weight_N None = no such term
+    vocab                                    number of shared token ids; later columns count as -inf and get no gradient
+    softcap_s, softcap_t                     logits become c * tanh(logits / c) (Gemma 2)
+    chunk_bytes                              memory for logits, all buffers together; None = chunked.CHUNK_BYTES
+    backend                                  None = "torch"; or "dense"
+
+    Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N] tensors of
+    softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels logprob_s, logprob_t;
+    the _t entries describe the target. Tokens whose weights are both 0 are skipped and read 0 in stats.
+    """
+    lookup(divergence, knob)
+    if support != "full" or top_k is not None:
+        raise ValueError(f"support {support!r} with top_k {top_k}: only 'full' is available")
+    return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N, divergence, knob,
+                 temperature, target, vocab, softcap_s, softcap_t, chunk_bytes, backend)
+
+
+def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1.0, vocab=None, softcap=None,
+                   chunk_bytes=None, backend=None):
+    """sum_n weight_n * -log p(y_n): maximum likelihood, policy gradients, DPO. Arguments as in linear_divergence.
+
+    Returns (loss, stats) with stats logprob_s, entropy_s. Under torch.no_grad it is the cheap way to score tokens.
+    """
+    if weight_N is None:
+        weight_N = torch.ones(len(labels_N), device=hidden_NH.device)
+    return _loss(hidden_NH, head_VH, None, None, None, labels_N, weight_N, None, None,
+                 temperature, (1.0, 0.0), vocab, softcap, None, chunk_bytes, backend)
+
+
+def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, divergence, knob, temperature, target, vocab,
+          softcap_s, softcap_t, chunk_bytes, backend):
+    N, rows = len(hidden_s), [len(head) for head in (head_s, head_t) if head is not None]
+    vocab = min(rows) if vocab is None else vocab
+    for name, x in dict(hidden_t=hidden_t, weight=weight, labels=labels, label_weight=label_weight).items():
+        assert x is None or len(x) == N, f"{name} has {len(x)} rows, hidden_s has {N}"
+    assert 0 < vocab <= min(rows), f"vocab {vocab} is not within 1 and the heads' {min(rows)} rows"
+    assert labels is None or N == 0 or 0 <= labels.min() <= labels.max() < vocab, "labels outside the shared vocabulary"
+    assert label_weight is None or labels is not None, "label_weight_N needs labels_N"
+    assert temperature > 0, temperature
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+
+    work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
+    if head_t is not None and weight is None:
+        weight = hidden_s.new_ones(N, dtype=work)
+    weight, label_weight = (x if x is None else x.detach().to(work) for x in (weight, label_weight))
+    spec = chunked.Spec(divergence, knob, temperature, target, vocab, softcap_s, softcap_t, chunk_bytes)
+    if backend == "dense":
+        return _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work)
+    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec,
+                                torch.is_grad_enabled())
+    return loss, dict(zip(spec.stats(labels), stats))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, grad):
+        dX, dW = (grad and need for need in ctx.needs_input_grad[:2])
+        loss, stats, dX, dW = chunked.run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, dX, dW)
+        ctx.save_for_backward(dX, dW)
+        stats = tuple(stats[name] for name in spec.stats(labels))
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        dX, dW = ctx.saved_tensors
+        scaled = (g if g is None else (g * upstream).to(g.dtype) for g in (dX, dW))
+        return *scaled, None, None, None, None, None, None, None
+
+
+def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work):
+    """The oracle: the same numbers from whole [N, V] logits and autograd."""
+    def logits(hidden, head, softcap):
+        z = hidden.to(work) @ head[: spec.vocab].to(work).T
+        return softcap * torch.tanh(z / softcap) if softcap else z
+
+    z = logits(hidden_s, head_s, spec.softcap_s)
+    used = chunked.used_rows(weight, label_weight)
+    loss, stats = z.new_zeros(()), {name: z.new_zeros(len(z)) for name in spec.stats(labels)}
+    z = z[used]
+    lp = torch.log_softmax(z / spec.temperature, -1)
+    stats["entropy_s"][used] = torch.special.entr(lp.exp()).sum(-1).detach()
+    if head_t is not None:
+        with torch.no_grad():
+            w = mix(z, logits(hidden_t, head_t, spec.softcap_t)[used], spec.target) / spec.temperature
+            lq = torch.log_softmax(w, -1)
+        value = dense_divergence(z, w * spec.temperature, spec.divergence, knob=spec.knob, temperature=spec.temperature)
+        loss = loss + (weight[used] * value).sum()
+        stats["value"][used] = value.detach()
+        stats["entropy_t"][used] = torch.special.entr(lq.exp()).sum(-1)
+        stats["top1_agree"][used] = (z.argmax(-1) == w.argmax(-1)).to(work)
+    if labels is not None:
+        y = labels[used, None]
+        if head_t is not None:
+            stats["logprob_t"][used] = lq.gather(1, y)[:, 0]
+        stats["logprob_s"][used] = lp.gather(1, y)[:, 0].detach()
+        if label_weight is not None:
+            loss = loss - (label_weight[used] * lp.gather(1, y)[:, 0]).sum()
+    return loss, {name: x.to(torch.float32) for name, x in stats.items()}

@@ -1,0 +1,337 @@
+"""The loop: sample, score, select, update. Each test names a way in which well-known trainers were wrong."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import WORD_ROWS, gradients, parameters
+
+import opd
+from losses import Objective
+from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, positive_gap, routed, scheduled, top_gap_mass)
+
+
+def rollouts(run, seed=0, count=6):
+    """Completions of different lengths, some cut, some closed by EOS, as if sampled."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        ids_T = torch.randint(3, run.student.vocab, (1 + i,), generator=g)
+        if i % 2:
+            ids_T = torch.cat([ids_T, torch.tensor(run.student.stops)])
+        out.append(Rollout({"prompt": WORD_ROWS[i % 5]["prompt"], "branch": "main"}, ids_T, -torch.ones(len(ids_T))))
+    return out
+
+
+def double(run):
+    for model in (run.student, run.teacher):
+        model.net.double()
+        model.dtype = torch.float64
+    return run
+
+
+def accumulate(run, jobs):
+    """score, weigh and backward as the loop does them, without the optimizer's step."""
+    for job in jobs:
+        opd.score(job, run.cfg)
+    weights = opd.weigh(jobs)
+    run.student.net.zero_grad()
+    return sum(opd.backward(job, w, run.cfg)[0] for job, w in zip(jobs, weights))
+
+
+def by_hand(run, job, selection, divergence):
+    """The loss of a Job in plain autograd, one rollout at a time, from whole logits: mean over rollouts of token means."""
+    total = 0.0
+    for r, keep in zip(job.rollouts, selection):
+        prompt = run.student.tok(r.prompt["prompt"]).input_ids
+        ids_BT = torch.cat([torch.tensor(prompt), r.ids_T])[None]
+        at = slice(len(prompt) - 1, ids_BT.shape[1] - 1)         # position t predicts token t + 1
+        lp = torch.log_softmax(run.student.net(ids_BT).logits[0, at, :run.student.vocab], -1)
+        with torch.no_grad():
+            lq = torch.log_softmax(run.teacher.net(ids_BT).logits[0, at, :run.student.vocab], -1)
+        total = total + keep * divergence(lp, lq, r).mean() / sum(k != 0 for k in selection)
+    return total
+
+
+def pg(lp, lq, r):
+    """CaMOPD eq. 2: -w A log p(y), A = sg[log q(y) - log p(y)], w = sg[p / p_sampler] inside [0.1, 10], else 0."""
+    lp, lq = (x.gather(1, r.ids_T[:, None])[:, 0] for x in (lp, lq))
+    w = (lp - r.logp_T).exp().detach()
+    return -torch.where((w >= 0.1) & (w <= 10), w, 0.0) * (lq - lp).detach() * lp
+
+
+DEFINITIONS = {
+    "rkl": lambda lp, lq, r: (lp.exp() * (lp - lq)).sum(-1), "fkl": lambda lp, lq, r: (lq.exp() * (lq - lp)).sum(-1),
+    "pg": pg, "nll": lambda lp, lq, r: -lp.gather(1, r.ids_T[:, None])[:, 0]}
+
+
+@pytest.mark.parametrize("loss", list(DEFINITIONS))
+@pytest.mark.parametrize("micro_tokens", [1, 30, 10_000])
+def test_gradient_of_any_micro_batches_is_float64_autograd_on_the_whole(start, loss, micro_tokens):
+    """Off by one, EOS or first token masked, a loss averaged per micro-batch: each would show here."""
+    run = double(start(micro_tokens=micro_tokens))
+    objective = Objective(label=loss, importance=(0.1, 10)) if loss in ("pg", "nll") else Objective(divergence=loss)
+    selection = [1.0, 0.0, 2.0, 1.0, 0.0, 1.0]
+    job = Job(run.student, run.teacher, rollouts(run), objective, lambda job: selection)
+    value = accumulate(run, [job])
+    ours = gradients(run.student)
+    run.student.net.zero_grad()
+    expected = by_hand(run, job, selection, DEFINITIONS[loss])
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(ours, gradients(run.student), rtol=1e-5, atol=1e-8)
+
+
+def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
+    run = double(start())
+    r = rollouts(run)[3]
+    assert r.ids_T[-1] in run.student.stops and run.student.tok.eos_token_id in run.student.stops
+    for t in range(len(r.ids_T)):
+        one_token = [torch.zeros(len(r.ids_T)).index_fill(0, torch.tensor([t]), 1.0)]
+        accumulate(run, [Job(run.student, run.teacher, [r], Objective(divergence="rkl"), lambda job: one_token)])
+        assert gradients(run.student).abs().max() > 1e-6, f"token {t} of {len(r.ids_T)} has no loss"
+
+
+def test_selection_sees_the_whole_batch_and_normalisation_only_what_is_kept(start):
+    """Dropping a rollout must change the others' weight from 1/n to 1/(n - 1), with whatever micro-batch it sat in."""
+    run = start()
+    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"), lambda job: [1.0] * 5 + [0.0])
+    other = Job(run.student, run.teacher, rollouts(run, 1, count=3), Objective(divergence="rkl"))
+    weights = opd.weigh([job, other])
+    assert sum(w_T.sum() for ws in weights for w_T in ws) == pytest.approx(1.0)
+    for ws, jb in zip(weights, (job, other)):
+        for w_T, r in zip(ws, jb.rollouts):
+            assert w_T.tolist() == pytest.approx([1 / 8 / len(r.ids_T)] * len(r.ids_T)) or not w_T.any()
+
+
+def test_equal_student_and_teacher_do_not_move(start, models):
+    """p = q: zero loss and zero gradient through the whole program, so the weights stay to the last bit."""
+    for loss in ("rkl", "fkl", "jsd", "pg"):
+        run = start(teachers=[models / "a"], loss=loss, method="opd", optimizer="sgd", lr=1, weight_decay=0)
+        before = parameters(run.student)
+        opd.train(run)
+        steps = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+        assert all(abs(s["loss"]) < 1e-6 and s["grad_norm"] < 1e-4 for s in steps if "loss" in s)
+        assert (parameters(run.student) - before).abs().max() < 1e-4
+
+
+def trained(run):
+    opd.train(run)
+    return parameters(run.student)
+
+
+def test_mopd_with_one_branch_is_opd(start):
+    opd_run, mopd_run = (start(method=m, loss="rkl", lr=1e-3) for m in ("opd", "mopd"))
+    assert torch.equal(trained(opd_run), trained(mopd_run))
+
+
+def two_branches(models, prompts, **flags):
+    return dict(prompts=[f"general={prompts('g')}", f"domain={prompts('d', WORD_ROWS[::-1])}"],
+                teachers=[f"general={models / 'wide'}", f"domain={models / 'b'}"], steps=5, lr=1e-3, **flags)
+
+
+def test_camopd_with_everything_off_is_plain_alternation(start, models, prompts, monkeypatch):
+    """Kept mass 1 and scales 1: nothing is dropped and nothing is scaled, to the last bit."""
+    def alternate(run):
+        for step in run.steps():
+            branch = "general" if step % 4 < 3 else "domain"
+            yield routed(run, run.sample(run.student, run.draw(branch)))
+
+    camopd = start(**two_branches(models, prompts, method="camopd", mass=1, scale=1))
+    plain = start(**two_branches(models, prompts, method="camopd"))
+    ours = trained(camopd)
+    monkeypatch.setitem(METHODS, "camopd", Method(alternate, ("pg",)))
+    assert torch.equal(ours, trained(plain))
+    kept = [json.loads(line) for line in (camopd.out / "metrics.jsonl").read_text().splitlines()]
+    assert all(s["kept"] == s["rollouts"] == 4 for s in kept if "loss" in s)
+
+
+def test_camopd_mixed_without_selection_is_mopd(start, models, prompts):
+    mixed = start(**two_branches(models, prompts, method="camopd", schedule="mixed", mass=1, scale=1, mixture="3:1"))
+    mopd = start(**two_branches(models, prompts, method="mopd", mixture="3:1"))
+    assert torch.equal(trained(mixed), trained(mopd))
+
+
+def test_camopd_switches_change_what_they_name(start, models, prompts):
+    runs = {name: start(**two_branches(models, prompts, method="camopd", optimizer="sgd", **flags)) for name, flags in {
+        "default": {}, "mass": {"mass": 0.3}, "scale": {"scale": "general=1"}, "schedule": {"schedule": "1:2"}}.items()}
+    ends = {name: trained(run) for name, run in runs.items()}
+    assert all(not torch.equal(ends["default"], end) for name, end in ends.items() if name != "default")
+    lines = {name: [json.loads(x) for x in (run.out / "metrics.jsonl").read_text().splitlines()][1:]
+             for name, run in runs.items()}
+    branches = {name: [s["branch"] for s in some if "loss" in s] for name, some in lines.items()}
+    assert branches["default"] == ["general", "general", "general", "domain", "general"]
+    assert branches["schedule"] == ["general", "domain", "domain", "general", "domain"]
+    assert lines["mass"][0]["kept"] < 4 == lines["mass"][0]["rollouts"]
+
+
+def test_gap_selection_is_equation_6_to_9():
+    score_B = torch.tensor([1.0, 4.0, 0.0, 3.0, 2.0])            # shares of the mass: 4, 3, 2, 1, 0 tenths
+    keep = lambda mass: top_gap_mass(score_B, mass).nonzero()[:, 0].tolist()
+    assert keep(0.1) == keep(0.4) == [1] and keep(0.41) == keep(0.7) == [1, 3]
+    assert keep(0.8) == [1, 3, 4] and keep(0.95) == [0, 1, 3, 4] and keep(1) == [0, 1, 2, 3, 4]
+    assert top_gap_mass(torch.zeros(3), 0.5).all()
+    gap_T = torch.tensor([-3.0, 1.0, 0.5])
+    assert absolute_gap(gap_T) == pytest.approx(1.5) and positive_gap(gap_T) == pytest.approx(0.5)
+    job = Job(None, None, [Rollout({}, torch.arange(2), gap_T=torch.tensor([g, g])) for g in (1.0, -4.0, 0.1)], None)
+    assert gap_mass(absolute_gap, 0.8, 2.0)(job) == [2 * 0, 2 * 1, 0] or gap_mass(absolute_gap, 0.78, 2.0)(job) == [0, 2, 0]
+    assert gap_mass(positive_gap, 0.8, 1.0)(job) == [1, 0, 0]
+    assert [scheduled("3:1", ["g", "d"], t) for t in range(8)] == list("gggdgggd")
+    assert scheduled("mixed", ["g", "d"], 0) is None
+
+
+def test_teachers_never_change(start, models, prompts):
+    run = start(**two_branches(models, prompts, method="mopd", loss="rkl"))
+    before = {branch: parameters(model) for branch, model in run.teachers.items()}
+    assert not torch.equal(parameters(run.student), trained(run))
+    for branch, model in run.teachers.items():
+        assert torch.equal(before[branch], parameters(model)) and not model.net.training
+        assert all(p.grad is None for p in model.net.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_numbers(start, method):
+    flags = dict(method=method, lr=1e-3) | {"sft": {"teachers": []}, "camopd": {"schedule": "1"}}.get(method, {})
+    first, again, other = start(**flags), start(**flags), start(**flags, seed=1)
+    assert torch.equal(trained(first), trained(again))
+    if method in ("opd", "mopd", "camopd"):
+        assert not torch.equal(parameters(first.student), trained(other))
+
+
+def test_resume_continues_where_the_run_was(start, monkeypatch):
+    flags = dict(lr=1e-3, steps=6, method="opd")
+    whole = trained(start(**flags))
+    cut = start(**flags, save_every=2)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 5))
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(cut)
+    monkeypatch.undo()
+    resumed = start(**flags, save_every=2, out=cut.out, resume=True)
+    assert resumed.state["step"] == 4 and torch.equal(trained(resumed), whole)
+    steps = [json.loads(line)["step"] for line in (cut.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [-1, 0, 1, 2, 3, 4, 5]
+
+
+def die_at(update, step):
+    def dying(run, *args):
+        if run.state["step"] == step:
+            raise KeyboardInterrupt
+        return update(run, *args)
+    return dying
+
+
+def test_random_student_reaches_its_teacher(tmp_path, prompts):
+    """On a vocabulary of 50 tokens, KL(p || q) on the student's own rollouts falls by ten times."""
+    from tokenizers import Tokenizer, decoders, models as tokens, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from data import small_world
+    core = Tokenizer(tokens.WordLevel({"<eos>": 0, **{chr(65 + i): i + 1 for i in range(49)}}, unk_token="<eos>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    for name, seed in (("student", 0), ("teacher", 1)):
+        net = small_world.model(50, seed, hidden=32, layers=1)
+        net.config.eos_token_id = net.generation_config.eos_token_id = 0
+        with torch.no_grad():
+            net.get_output_embeddings().weight.mul_(10)
+        net.save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+    opd.main(["--student", str(tmp_path / "student"), "--teachers", str(tmp_path / "teacher"), "--out", str(tmp_path / "o"),
+              "--prompts", str(prompts("p", [{"prompt": c} for c in "ABCDEFGH"])), "--steps", "150", "--lr", "1e-2",
+              "--batch", "32", "--max_new_tokens", "6", "--lr_schedule", "linear", "--device", "cpu"])
+    kl = [s["value"] for s in map(json.loads, (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()) if "loss" in s]
+    assert sum(kl[-5:]) / 5 < kl[0] / 10, (kl[0], kl[-5:])
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+def test_sampling_ignores_the_checkpoints_own_decoding_defaults(start, models, tmp_path):
+    """A generation_config.json with top_k 1 would make every rollout greedy, and the loss off-policy without a word."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    net = AutoModelForCausalLM.from_pretrained(models / "a")
+    net.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
+    net.save_pretrained(tmp_path / "greedy")
+    AutoTokenizer.from_pretrained(models / "a").save_pretrained(tmp_path / "greedy")
+    prompts = [{"prompt": "rev abc>", "branch": "main"}] * 8
+    ours, plain = start(student=tmp_path / "greedy"), start()
+    drawn = []
+    for run in (ours, plain):
+        torch.manual_seed(0)
+        drawn.append([r.ids_T.tolist() for r in run.sample(run.student, prompts)])
+    assert drawn[0] == drawn[1] and len(set(map(tuple, drawn[0]))) > 1
+    opd.train(ours)                                              # and the saved model still has its own defaults
+    assert json.loads((ours.out / "final" / "generation_config.json").read_text())["top_k"] == 1
+
+
+def test_sampler_log_probs_are_the_training_forwards(start):
+    """Left padding, stop tokens and the KV cache must not change the distribution."""
+    run = start(max_new_tokens=12)
+    some = run.sample(run.student, [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS] * 4)
+    assert len({len(r.ids_T) for r in some}) > 1
+    for r, lp_T in zip(some, opd.log_probs(run.student, some, run.objective, run.cfg)):
+        torch.testing.assert_close(r.logp_T, lp_T, rtol=1e-4, atol=1e-4)
+    hot = start(temperature=2.0, top_p=0.5)
+    for r in hot.sample(hot.student, [{"prompt": "rev abc>", "branch": "main"}] * 8):
+        lp_T = opd.log_probs(hot.student, [r], hot.objective, hot.cfg)[0]
+        assert r.logp_T.isfinite().all() and not torch.allclose(r.logp_T, lp_T, atol=1e-2)
+
+
+def test_completions_end_at_their_first_stop_token_and_left_padding_is_harmless(start):
+    run = start(max_new_tokens=20)
+    prompts = [run.student.tok(row["prompt"]).input_ids for row in WORD_ROWS]
+    together = opd.generate(run.student, prompts, run.cfg, temperature=0)
+    for prompt, (ids_T, _) in zip(prompts, together):
+        alone = opd.generate(run.student, [prompt], run.cfg, temperature=0)[0][0]
+        assert torch.equal(ids_T, alone)
+    torch.manual_seed(0)
+    for ids_T, logp_T in opd.generate(run.student, prompts * 8, run.cfg, temperature=1.5):
+        assert all(i not in run.student.stops for i in ids_T[:-1].tolist()) and len(ids_T) == len(logp_T)
+        assert ids_T[-1] in run.student.stops or len(ids_T) == 20
+
+
+def test_padding_rows_of_the_head_are_never_sampled(start):
+    run = start()
+    run.student.vocab -= 40                                      # as if the head had 40 rows more than the tokenizer
+    for r in run.sample(run.student, [{"prompt": "last q>", "branch": "main"}] * 32):
+        assert r.ids_T.max() < run.student.vocab
+
+
+def test_rewards_belong_to_their_prompts(start, monkeypatch):
+    """Several rollouts per prompt: a completion that repeats its prompt's answer must be right, whatever the order."""
+    run = start(rollouts=3)
+    rows = [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS]
+    answers = {tuple(run.student.tok(r["prompt"]).input_ids): r["answer"] for r in rows[:-1]}
+
+    def oracle(model, prompts, cfg, temperature):
+        return [(torch.tensor(model.tok(answers.get(tuple(p), "wrong")).input_ids + model.stops), None) for p in prompts]
+    monkeypatch.setattr(opd, "generate", oracle)
+    rewards = [(r.prompt["answer"], r.reward) for r in run.sample(run.student, rows)]
+    assert rewards == [(row["answer"], float(row is not rows[-1])) for row in rows for _ in range(3)]
+
+
+def test_evaluating_changes_nothing(start, prompts):
+    evals = dict(eval_prompts=[f"words={prompts('e')}"], eval_temperature=1.0, lr=1e-3, steps=4, method="opd")
+    assert torch.equal(trained(start(**evals, eval_every=1)), trained(start(**evals)))
+
+
+def test_every_epoch_shows_every_prompt_once(start, prompts):
+    run = start(batch=2)
+    drawn = [p["prompt"] for _ in range(10) for p in run.draw()]
+    assert all(sorted(drawn[i:i + 5]) == sorted(r["prompt"] for r in WORD_ROWS) for i in range(0, 20, 5))
+    assert len({tuple(drawn[i:i + 5]) for i in range(0, 20, 5)}) > 1
+
+
+def test_start_check_notices_a_sampler_that_is_not_the_student(start):
+    run = start()
+    job = Job(run.student, run.teacher, rollouts(run), run.objective)        # their log-probs are invented
+    with pytest.raises(SystemExit, match="not on-policy"):
+        opd.check_start(run, job)
+
+
+def test_unusual_gradients_stop_the_run_and_keep_the_checkpoint(start):
+    run = start(steps=3)
+    with torch.no_grad():
+        next(run.student.net.parameters()).fill_(math.nan)
+    with pytest.raises((SystemExit, RuntimeError)):
+        opd.train(run)
+    assert not (run.out / "final").exists()
