@@ -1,15 +1,16 @@
 """The methods: who learns, from whom, on what, with which weights. One paper, one short generator.
 
-A method is a generator over training steps. It yields a list of Jobs; the loop (opd.py) scores their rollouts, asks for
-their weights, takes one optimizer step on all of them together, and sends the statistics of that step back:
+A method is a generator over training steps. It yields a list of Jobs; the loop (opd.py) scores their
+rollouts, asks for their weights, takes one optimizer step on all of them together, and sends the statistics
+of that step back:
 
     def opd(run):
         for step in run.steps():
             rollouts = run.sample(run.student, run.draw())
             yield [Job(run.student, run.teacher, rollouts, run.objective)]
 
-What a method may use: run.student, run.teacher (the only one) or run.teachers[branch], run.objective, run.branches,
-run.cfg, run.state (JSON, survives a restart), and run.steps, run.draw, run.sample, run.references.
+What a method may use: run.student, run.teacher (the only one) or run.teachers[branch], run.objective,
+run.branches, run.cfg, run.state (JSON, survives a restart), run.steps, run.draw, run.sample, run.references.
 
 Letters as in the papers: p the student, q the teacher, y the sampled token; gap = log q(y) - log p(y).
 """
@@ -37,12 +38,12 @@ class Rollout:
 
 @dataclass
 class Job:
-    """One student, one teacher, some rollouts and an objective. Jobs that are yielded together share one step."""
+    """One student, one teacher, some rollouts, an objective. Jobs that are yielded together share a step."""
     student: Any
     teacher: Any                            # None when the objective needs no teacher
     rollouts: list
     objective: Objective
-    weights: Callable | None = None         # the scored Job -> one weight tensor per rollout, [T] or []; None = ones
+    weights: Callable | None = None         # the scored Job -> a tensor per rollout, [T] or []; None = ones
 
 
 def by_branch(rollouts):
@@ -59,7 +60,7 @@ def routed(run, rollouts):
             for branch, group in by_branch(rollouts).items()]
 
 
-# ---- learning from fixed data ----------------------------------------------------------------------------------------
+# ---- learning from fixed data ------------------------------------------------------------------------------
 
 def sft(run):
     """Maximum likelihood on the prompt files' `solution`s."""
@@ -68,9 +69,10 @@ def sft(run):
 
 
 def seqkd(run):
-    """Sequence-level distillation: maximum likelihood on the teachers' greedy completions. Kim & Rush, 1606.07947.
+    """Sequence-level distillation: maximum likelihood on the teachers' greedy completions.
 
-    Greedy decoding stands for the mode that the paper finds by beam search. Every prompt is decoded once per run.
+    Kim & Rush, 1606.07947. Greedy decoding stands for the mode that the paper finds by beam search. Every
+    prompt is decoded once per run.
     """
     written = {}                                                 # (branch, row) -> the teacher's completion
     for step in run.steps():
@@ -84,49 +86,50 @@ def seqkd(run):
 
 
 def kd(run):
-    """Word-level distillation: the teachers' distributions on the prompt files' `solution`s. Hinton et al., 1503.02531."""
+    """Word-level KD: the teachers' distributions on the files' `solution`s. Hinton et al., 1503.02531."""
     for step in run.steps():
         yield routed(run, run.references(run.draw()))
 
 
 def gkd(run):
-    """Generalised distillation: a step is on-policy with probability lambda, else on fixed data. GKD 2306.13649, alg. 1."""
+    """Generalised KD: a step is on-policy with probability lambda, else on fixed data. 2306.13649, alg. 1."""
     for step in run.steps():
         on_policy = random.Random(f"gkd {run.cfg.seed} {step}").random() < run.cfg.gkd_lambda
         prompts = run.draw()
         yield routed(run, run.sample(run.student, prompts) if on_policy else run.references(prompts))
 
 
-# ---- learning from the student's own rollouts ------------------------------------------------------------------------
+# ---- learning from the student's own rollouts --------------------------------------------------------------
 
 def opd(run):
-    """On-policy distillation: the student writes, the teacher's distribution corrects every token it wrote."""
+    """On-policy distillation: the student writes, the teacher's distribution corrects each token it wrote."""
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw())
         yield [Job(run.student, run.teacher, rollouts, run.objective)]
 
 
 def mopd(run):
-    """Multi-teacher OPD: every step mixes all branches, each routed to its own teacher. CaMOPD 2605.27115, eq. 1-3.
+    """Multi-teacher OPD: a step mixes all branches, each routed to its teacher. CaMOPD 2605.27115, eq. 1-3.
 
-    The branches' shares of the batch are --mixture. Every rollout of the batch weighs the same, so with equal shares the
-    gradient is that of eq. 3 divided by the number of branches.
+    The branches' shares of the batch are --mixture. Every rollout of the batch weighs the same, so with equal
+    shares the gradient is that of eq. 3 divided by the number of branches.
     """
     for step in run.steps():
         yield routed(run, run.sample(run.student, run.draw()))
 
 
 def camopd(run):
-    """Counteraction-aware multi-teacher OPD: alternate the branches, keep the largest gaps. CaMOPD 2605.27115, alg. 1.
+    """Counteraction-aware MOPD: alternate the branches, keep the largest gaps. CaMOPD 2605.27115, alg. 1.
 
-        b   = S(t)                                  S = G..G D: n_g general steps, then one domain step         (eq. 5)
-        D_t = log q_b(y_t) - log p(y_t)             the gap on sampled tokens, at rollout time
-        s_i = mean_t |D_t| if general else mean_t [D_t]+                                                     (eq. 6, 7)
-        S_b = the shortest prefix by descending s that holds rho_b of the sum of s                              (eq. 8)
-        L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                                      (eq. 9)
+        b   = S(t)                               S = G..G D: n_g general steps, then one domain step   (eq. 5)
+        D_t = log q_b(y_t) - log p(y_t)          the gap on sampled tokens, at rollout time
+        s_i = mean_t |D_t| if general else mean_t [D_t]+                                            (eq. 6, 7)
+        S_b = the shortest prefix by descending s that holds rho_b of the sum of s                     (eq. 8)
+        L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                             (eq. 9)
 
-    The first branch is the one to recover (general), the others are preserved (domain). Each part has its switch:
-    --schedule mixed takes all branches in every step as mopd does, --mass 1 keeps every rollout, --scale 1 scales none.
+    The first branch is the one to recover (general), the others are preserved (domain). Each part has its
+    switch: --schedule mixed takes all branches in every step as mopd does, --mass 1 keeps every rollout,
+    --scale 1 scales none.
     """
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw(scheduled(run.cfg.schedule, run.branches, step)))
@@ -139,7 +142,7 @@ def camopd(run):
 
 
 def scheduled(schedule, branches, step):
-    """The active branch: "3:1" is three steps of the first, then one of the second. "mixed" is None, all. CaMOPD eq. 5."""
+    """Active branch: "3:1" is 3 steps of the first, 1 of the second; "mixed" is None, all. CaMOPD eq. 5."""
     if schedule == "mixed":
         return None
     counts = [int(n) for n in schedule.split(":")]
@@ -158,7 +161,7 @@ def positive_gap(gap_T):
 
 
 def gap_mass(score, mass, scale):
-    """Weights of a Job: `scale` on the rollouts that hold `mass` of the total score, 0 on the rest. CaMOPD eq. 8-9."""
+    """Weights of a Job: `scale` on rollouts that hold `mass` of the total score, else 0. CaMOPD eq. 8-9."""
     def weights(job):
         score_B = torch.stack([score(rollout.gap_T) for rollout in job.rollouts])
         return list(scale * top_gap_mass(score_B, mass).to(score_B.dtype))
@@ -166,7 +169,7 @@ def gap_mass(score, mass, scale):
 
 
 def top_gap_mass(score_B, mass):
-    """Boolean [B]: the shortest prefix, by descending score, that holds `mass` of the total score. CaMOPD eq. 8.
+    """Boolean [B]: the shortest prefix by descending score that holds `mass` of the total. CaMOPD eq. 8.
 
     score_B: non-negative, one per rollout. mass >= 1 and an all-zero score keep everything.
     """
@@ -184,7 +187,7 @@ def top_gap_mass(score_B, mass):
 @dataclass(frozen=True)
 class Method:
     steps: Callable                         # the generator
-    losses: tuple                           # names in losses.LOSSES that make sense with it, its own one first
+    losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
 
 
 REVERSE_FIRST = ("rkl", *(name for name in DIVERGENCES if name != "rkl"))

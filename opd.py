@@ -9,8 +9,8 @@ The loop, for every list of Jobs that a method (methods.py) yields:
     select   the method's weight per token; what weighs zero is dropped                 weigh
     update   divergence or policy gradient (losses.py, kernels/), one optimizer step    update
 
-Left out on purpose: more than one process, inference servers, cross-tokenizer distillation. Dropout is off everywhere,
-so that the distribution that is sampled is the one that is trained.
+Left out on purpose: more than one process, inference servers, cross-tokenizer distillation. Dropout is off
+everywhere, so that the distribution that is sampled is the one that is trained.
 """
 import argparse
 import contextlib
@@ -31,17 +31,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import recipes, report                                # data comes before the model classes: data/__init__.py
+from data import recipes, report        # before the model classes: see data/__init__.py
 from data.chat import encode_completion, encode_prompt, load_prompts, prompt_text
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, lookup, policy_gradient_weight
 from methods import METHODS, Rollout
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList,
-                          TemperatureLogitsWarper, TopPLogitsWarper)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
+                          LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
 class Model:
@@ -50,7 +50,7 @@ class Model:
     net: torch.nn.Module
     tok: object
     stops: list                         # token ids that end a completion
-    vocab: int                          # token ids that the tokenizer knows; the head may have more rows (padding)
+    vocab: int                          # token ids the tokenizer knows; the head may have more rows (padding)
     dtype: torch.dtype                  # of the computation; parameters that learn are float32
     generation_config: GenerationConfig  # as found in the checkpoint, only kept to be saved again
     optimizers: tuple = ()
@@ -64,11 +64,12 @@ class Model:
         return self.net.device
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
+        return torch.autocast(self.device.type, self.dtype,
+                              enabled=self.dtype in (torch.bfloat16, torch.float16))
 
 
 def load(path, cfg, learns=False, weights=None):
-    """A Model from anything from_pretrained takes. `weights`: read the parameters from this folder instead."""
+    """A Model from anything from_pretrained takes. `weights`: read parameters from this folder instead."""
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, cfg.dtype)
     try:
@@ -94,14 +95,14 @@ def load(path, cfg, learns=False, weights=None):
 
 @torch.no_grad()
 def check_head(model):
-    """Refuse a model whose logits are not head(hidden): a softcap, scale or bias that the fused loss would ignore."""
+    """Refuse a model whose logits are not hidden @ head.T: the loss would ignore a softcap, scale or bias."""
     ids_BT = torch.arange(4, device=model.device)[None] % model.vocab
     with model.autocast():
         logits = model.net(ids_BT, use_cache=False).logits.float()
         ours = (model.net.base_model(ids_BT, use_cache=False).last_hidden_state @ model.head_VH.T).float()
     if (logits - ours).abs().max() > 0.02 * logits.abs().max() + 1e-3:
-        fail(f"{model.path}: {type(model.net).__name__} transforms its logits after the head (softcap, scale or bias), "
-             "which is not supported")
+        fail(f"{model.path}: {type(model.net).__name__} transforms its logits after the head (softcap, "
+             "scale or bias), which is not supported")
 
 
 def check_same_tokens(student, teacher):
@@ -115,7 +116,7 @@ def check_same_tokens(student, teacher):
 
 
 def build_optimizers(model, cfg):
-    """AdamW or SGD on everything, or Muon on the hidden matrices and AdamW on the rest. Norms and biases do not decay."""
+    """AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Only matrices decay."""
     ends = {id(model.head_VH), id(model.net.get_input_embeddings().weight)}
     params = list(model.net.parameters())
     hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
@@ -127,17 +128,19 @@ def build_optimizers(model, cfg):
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
     if cfg.optimizer == "adamw":
         return (adamw,)
-    return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw
+    return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay,
+                            adjust_lr_fn="match_rms_adamw"), adamw
 
 
 def learning_rate(cfg, step):
     """Linear warm-up, then constant, or down to 0 linearly or as a cosine."""
     done = step / cfg.steps
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
+    shape = {"constant": 1.0, "linear": 1 - done,
+             "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
     return cfg.lr * shape * min(1.0, (step + 1) / max(cfg.warmup, 1))
 
 
-# ---- sample ----------------------------------------------------------------------------------------------------------
+# ---- sample ------------------------------------------------------------------------------------------------
 
 class SampledLogProbs(LogitsProcessor):
     """The last processor sees what generate samples from: keep log p(y) of every token once it is known."""
@@ -170,8 +173,8 @@ class OnlyKnownTokens(LogitsProcessor):
 def generate(model, prompts, cfg, temperature):
     """Complete prompts (lists of token ids). Returns [(ids_T, logp_T)], each cut after its first stop token.
 
-    temperature 0 is greedy, with logp_T None. Otherwise logp_T is under the distribution that was sampled from, that is
-    with temperature and top_p applied.
+    temperature 0 is greedy, with logp_T None. Otherwise logp_T is under the distribution that was sampled
+    from, that is with temperature and top_p applied.
     """
     out = []
     for start in tqdm(range(0, len(prompts), cfg.sample_batch), "sample", leave=False,
@@ -202,15 +205,15 @@ def generate(model, prompts, cfg, temperature):
 
 
 def rollout_text(model, rollout):
-    """The completion as text, without the stop token. Special tokens that are part of it (thinking tags) stay."""
+    """The completion as text, without the stop token. Special tokens within it (thinking tags) stay."""
     ids = rollout.ids_T.tolist()
     return model.tok.decode(ids[:-1] if ids[-1] in model.stops else ids)
 
 
-# ---- score, select ---------------------------------------------------------------------------------------------------
+# ---- score, select -----------------------------------------------------------------------------------------
 
 def micro_batches(lengths, micro_tokens):
-    """Groups of indices, longest first, whose padded size stays within micro_tokens; a single longer one is a group."""
+    """Groups of indices, longest first, of up to micro_tokens with padding; a longer one is its own group."""
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
@@ -227,10 +230,10 @@ def rollout_prompt(model, rollout, cfg, teacher=False):
 
 
 def completion_hidden(model, prompts, completions):
-    """Hidden states that predict the completions, [N, H], N the completion tokens of all rollouts one after another.
+    """Hidden states that predict the completions: [N, H], N the completion tokens of all rollouts in a row.
 
-    The state before a token predicts it: the last prompt token predicts the first completion token, and the last
-    completion token (EOS) is predicted but never read. Right padding: causal attention keeps it from mattering.
+    The state before a token predicts it: the last prompt token predicts the first completion token, and the
+    last completion token (EOS) is predicted but never read. Right padding: causal attention never sees it.
     """
     rows = [prompt + completion.tolist()[:-1] for prompt, completion in zip(prompts, completions)]
     ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -239,7 +242,8 @@ def completion_hidden(model, prompts, completions):
         ids_BT[i, :len(row)] = torch.tensor(row)
         predicts_BT[i, len(prompt) - 1:len(row)] = True
     with model.autocast():
-        hidden_BTH = model.net.base_model(input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
+        hidden_BTH = model.net.base_model(input_ids=ids_BT.to(model.device),
+                                          use_cache=False).last_hidden_state
     return hidden_BTH[predicts_BT.to(model.device)].to(model.dtype)
 
 
@@ -257,8 +261,8 @@ def log_probs(model, rollouts, objective, cfg, teacher=False):
     out = [None] * len(rollouts)
     for group, prompts in batches(model, rollouts, cfg, teacher):
         ids = [rollouts[i].ids_T for i in group]
-        _, stats = linear_logprob(completion_hidden(model, prompts, ids), model.head_VH.to(model.dtype), torch.cat(ids),
-                                  temperature=objective.temperature, vocab=model.vocab)
+        _, stats = linear_logprob(completion_hidden(model, prompts, ids), model.head_VH.to(model.dtype),
+                                  torch.cat(ids), temperature=objective.temperature, vocab=model.vocab)
         for i, logp_T in zip(group, stats["logprob_s"].split([len(x) for x in ids])):
             out[i] = logp_T
     return out
@@ -268,7 +272,8 @@ def score(job, cfg):
     """Fill lp_T = log p(y) and gap_T = log q(y) - log p(y), where weights or objective will ask for them."""
     if job.teacher is None or (job.weights is None and job.objective.label != "pg"):
         return
-    assert job.objective.label != "pg" or all(r.logp_T is not None for r in job.rollouts), "pg needs sampled rollouts"
+    assert job.objective.label != "pg" or all(r.logp_T is not None for r in job.rollouts), \
+        "pg needs sampled rollouts"
     lp, lq = (log_probs(model, job.rollouts, job.objective, cfg, teacher=model is job.teacher)
               for model in (job.student, job.teacher))
     for rollout, lp_T, lq_T in zip(job.rollouts, lp, lq):
@@ -278,30 +283,31 @@ def score(job, cfg):
 def weigh(jobs):
     """The weight of every token: per Job, a list of one tensor [T] per rollout.
 
-    The method's weight (selection, scale), divided by the rollout's length and by the number of rollouts that its
-    student keeps in this step: the mean over kept rollouts of the mean over tokens, whatever the micro-batches.
+    The method's weight (selection, scale), divided by the rollout's length and by the number of rollouts its
+    student keeps in this step: the mean over kept rollouts of their token means, whatever the micro-batches.
     """
-    weights = [[torch.as_tensor(w, dtype=torch.float32, device=r.ids_T.device).expand(len(r.ids_T))
-                for w, r in zip(job.weights(job) if job.weights else [1.0] * len(job.rollouts), job.rollouts, strict=True)]
-               for job in jobs]
-    kept = {}
-    for job, ws in zip(jobs, weights):
-        kept[job.student] = kept.get(job.student, 0) + sum(bool(w_T.any()) for w_T in ws)
+    weights, kept = [], {}
+    for job in jobs:
+        given = job.weights(job) if job.weights else [1.0] * len(job.rollouts)
+        weights.append([torch.as_tensor(w, dtype=torch.float64, device=r.ids_T.device).expand(len(r.ids_T))
+                        for w, r in zip(given, job.rollouts, strict=True)])
+        kept[job.student] = kept.get(job.student, 0) + sum(bool(w_T.any()) for w_T in weights[-1])
     return [[w_T / (len(w_T) * max(kept[job.student], 1)) for w_T in ws] for job, ws in zip(jobs, weights)]
 
 
-# ---- update ----------------------------------------------------------------------------------------------------------
+# ---- update ------------------------------------------------------------------------------------------------
 
 def backward(job, weights, cfg):
-    """Add the gradient of a Job to its student. Returns (loss, statistics: name -> tensor over the kept tokens)."""
+    """Add a Job's gradient to its student. Returns (loss, stats: name -> tensor over the weighted tokens)."""
     student, teacher, objective = job.student, job.teacher, job.objective
     kept = [i for i, w_T in enumerate(weights) if w_T.any()]
     rollouts, weights = [job.rollouts[i] for i in kept], [weights[i] for i in kept]
     total, collected = 0.0, {}
     for group, prompts in batches(student, rollouts, cfg):
         some = [rollouts[i] for i in group]
-        ids, weight_N = [r.ids_T for r in some], torch.cat([weights[i] for i in group])
-        hidden_NH, head_VH, labels_N = completion_hidden(student, prompts, ids), student.head_VH.to(student.dtype), torch.cat(ids)
+        ids, lengths = [r.ids_T for r in some], [len(r.ids_T) for r in some]
+        weight_N, labels_N = torch.cat([weights[i] for i in group]), torch.cat(ids)
+        hidden_NH, head_VH = completion_hidden(student, prompts, ids), student.head_VH.to(student.dtype)
         common = dict(temperature=objective.temperature, vocab=student.vocab)
         if objective.label:
             if objective.label == "pg":
@@ -312,15 +318,17 @@ def backward(job, weights, cfg):
             with torch.no_grad():
                 seen = [rollout_prompt(teacher, r, cfg, teacher=True) for r in some]
                 hidden_t_NH = completion_hidden(teacher, seen, ids)
-            loss, stats = linear_divergence(hidden_NH, head_VH, hidden_t_NH, teacher.head_VH, weight_N,
-                                            divergence=objective.divergence, knob=objective.knob,
-                                            target=objective.target, labels_N=labels_N, **common)
-            for r, lp_T, lq_T in zip(some, *(stats[k].split([len(x) for x in ids]) for k in ("logprob_s", "logprob_t"))):
-                r.lp_T, r.gap_T = lp_T, lq_T - lp_T
+            loss, stats = linear_divergence(
+                hidden_NH, head_VH, hidden_t_NH, teacher.head_VH, weight_N, divergence=objective.divergence,
+                knob=objective.knob, target=objective.target, labels_N=labels_N, **common)
+            if job.weights is None:         # not scored, but every token has passed: the gap comes for free
+                for r, lp_T, lq_T in zip(some, *(stats[k].split(lengths)
+                                                 for k in ("logprob_s", "logprob_t"))):
+                    r.lp_T, r.gap_T = lp_T, lq_T - lp_T
         loss.backward()
         total += loss.item()
         for name, x_N in stats.items():
-            collected.setdefault(name, []).append(x_N)
+            collected.setdefault(name, []).append(x_N[weight_N != 0])
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
 
 
@@ -332,42 +340,37 @@ def update(run, jobs, weights):
     for student in dict.fromkeys(job.student for job in jobs):
         norm += torch.nn.utils.clip_grad_norm_(student.net.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(norm):
-            fail(f"step {step}: the gradient is {norm}; the last checkpoint in {run.out} is intact")
+            fail(f"step {step}: the gradient's norm is {norm}; the last checkpoint in {run.out} is intact")
         for optimizer in student.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return {"step": step, "loss": sum(losses), "grad_norm": norm, "lr": learning_rate(cfg, step),
-            **summary(run, jobs, weights, stats)}
-
-
-def summary(run, jobs, weights, stats):
-    """What a step did, from all its tokens: divergence, gaps, selection, lengths, rewards, per Job's branch and overall."""
-    def mean(parts):
-        parts = [p.float().flatten() for p in parts if p is not None and len(p)]
-        return torch.cat(parts).mean().item() if parts else None
-
-    def describe(jobs, weights, stats):
-        rollouts = [r for job in jobs for r in job.rollouts]
-        kept = [bool(w_T.any()) for ws in weights for w_T in ws]
-        rewards = [r.reward for r in rollouts if r.reward is not None]
-        lengths = [len(r.ids_T) for r in rollouts]
-        out = {"rollouts": len(rollouts), "kept": sum(kept), "tokens": sum(lengths), "length": sum(lengths) / len(lengths),
-               "cut": sum(r.ids_T[-1].item() not in jobs[0].student.stops for r in rollouts) / len(rollouts),
-               "reward": sum(rewards) / len(rewards) if rewards else None,
-               "gap": mean(r.gap_T for r in rollouts), "abs_gap": mean(r.gap_T.abs() for r in rollouts if r.gap_T is not None)}
-        for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
-            out[name] = mean(s.get(name) for s in stats)
-        return {name: x for name, x in out.items() if x is not None}
-
     branches = [job.rollouts[0].prompt["branch"] for job in jobs]
-    each = {b: describe([job], [w], [s]) for b, job, w, s in zip(branches, jobs, weights, stats)}
-    return {"branch": "+".join(dict.fromkeys(branches)), **describe(jobs, weights, stats),
-            **({"branches": each} if len(jobs) > 1 else {})}
+    whole = describe([r for job in jobs for r in job.rollouts], [w_T for ws in weights for w_T in ws],
+                     stats, jobs)
+    parts = {b: describe(job.rollouts, w, [s], jobs) for b, job, w, s in zip(branches, jobs, weights, stats)}
+    return {"step": step, "branch": "+".join(dict.fromkeys(branches)), "loss": sum(losses), "grad_norm": norm,
+            "lr": learning_rate(cfg, step), **whole, **({"branches": parts} if len(jobs) > 1 else {})}
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+def describe(rollouts, weights, stats, jobs):
+    """What rollouts of a step were like, for metrics.jsonl: means over rollouts and over tokens, in nats."""
+    mean = lambda parts: torch.cat(parts).mean().item() if parts else None
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    gaps = [r.gap_T for r in rollouts if r.gap_T is not None]
+    lengths = [len(r.ids_T) for r in rollouts]
+    cut = [r.ids_T[-1].item() not in jobs[0].student.stops for r in rollouts]
+    out = {"rollouts": len(rollouts), "kept": sum(bool(w_T.any()) for w_T in weights), "tokens": sum(lengths),
+           "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
+           "reward": sum(rewards) / len(rewards) if rewards else None,
+           "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
+    for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
+        out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
+    return {name: x for name, x in out.items() if x is not None}
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
     """What a method may use (see methods.py), and the folder that remembers it."""
@@ -386,8 +389,8 @@ class Run:
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
         self.objective = replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg),
                                  importance=tuple(cfg.importance))
-        self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0, "seconds": 0.0}
-        self.clock = {}
+        self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
+        self.clock = {}                                         # seconds by part of the current step
         if checkpoint:
             self.restore(checkpoint)
         else:
@@ -398,18 +401,18 @@ class Run:
         return list(self.prompts)
 
     def steps(self):
-        """The steps still to do. The loop counts them, so a method may also yield several lists of Jobs per round."""
+        """The steps still to do. The loop counts them: a method may yield several lists of Jobs per round."""
         while self.state["step"] < self.cfg.steps:
             yield self.state["step"]
 
     def draw(self, branch=None):
-        """The next --batch prompts of a branch, or of all branches in the shares of --mixture. Shuffled every epoch."""
-        shares = {branch: self.cfg.batch} if branch else split(self.cfg.batch, self.cfg.mixture, self.branches)
+        """The next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch."""
+        shares = ({branch: self.cfg.batch} if branch
+                  else split(self.cfg.batch, self.cfg.mixture, self.branches))
         out = []
         for branch, count in shares.items():
-            prompts = self.prompts[branch]
-            for position in range(self.state["cursor"][branch], self.state["cursor"][branch] + count):
-                epoch, i = divmod(position, len(prompts))
+            prompts, cursor = self.prompts[branch], self.state["cursor"][branch]
+            for epoch, i in (divmod(position, len(prompts)) for position in range(cursor, cursor + count)):
                 out.append(prompts[shuffled(len(prompts), f"{self.cfg.seed} {branch} {epoch}")[i]])
             self.state["cursor"][branch] += count
         return out
@@ -421,12 +424,14 @@ class Run:
         n, temperature = n or self.cfg.rollouts, self.cfg.temperature if temperature is None else temperature
         prompts = [prompt for prompt in prompts for _ in range(n)]
         with self.timed("sample"):
-            ids = [encode_prompt(model.tok, prompt["prompt"], self.cfg.chat_template_kwargs) for prompt in prompts]
-            rollouts = [Rollout(prompt, ids_T, logp_T)
-                        for prompt, (ids_T, logp_T) in zip(prompts, generate(model, ids, self.cfg, temperature))]
-            for rollout in rollouts:
-                if "answer" in rollout.prompt:
-                    rollout.reward = grade(rollout.prompt["grader"], rollout_text(model, rollout), rollout.prompt["answer"])
+            ids = [encode_prompt(model.tok, prompt["prompt"], self.cfg.chat_template_kwargs)
+                   for prompt in prompts]
+            completions = generate(model, ids, self.cfg, temperature)
+            rollouts = [Rollout(prompt, *completion)
+                        for prompt, completion in zip(prompts, completions, strict=True)]
+            for r in rollouts:
+                if "answer" in r.prompt:
+                    r.reward = grade(r.prompt["grader"], rollout_text(model, r), r.prompt["answer"])
         self.state["sampled_tokens"] += sum(len(r.ids_T) for r in rollouts)
         return rollouts
 
@@ -436,7 +441,7 @@ class Run:
                                              device=self.student.device)) for prompt in prompts]
 
     def evaluate(self, model):
-        """Mean reward per --eval_prompts set. Clock, counters and the next step's randomness stay as they were."""
+        """Mean reward per --eval_prompts set. Clock, counters and the next step's randomness are kept."""
         clock, spent = dict(self.clock), self.state["sampled_tokens"]
         torch.manual_seed(self.cfg.seed)
         rollouts = {name: self.sample(model, prompts, self.cfg.eval_rollouts, self.cfg.eval_temperature)
@@ -454,21 +459,39 @@ class Run:
 
     # -- the folder
 
-    def log(self, record):
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+    def begin(self):
+        """The line of metrics.jsonl that says where the student started."""
+        if self.state["step"] == 0:
+            self.log("metrics", {"step": -1, "eval": self.evaluate(self.student)})
 
-    def log_samples(self, jobs, weights):
-        with open(self.out / "samples.jsonl", "a") as file:
-            for job, ws in zip(jobs, weights):
-                for r, w_T in list(zip(job.rollouts, ws))[:self.cfg.log_samples]:
-                    file.write(json.dumps({
-                        "step": self.state["step"], "branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]),
-                        "completion": rollout_text(job.student, r), "reward": r.reward, "selected": bool(w_T.any()),
-                        "gap": None if r.gap_T is None else r.gap_T.mean().item()}, ensure_ascii=False) + "\n")
+    def record(self, jobs, weights, stats):
+        """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
+        cfg, state = self.cfg, self.state
+        stats |= {"seconds": self.clock, "memory_gib": peak_memory(),
+                  "sampled_tokens": state["sampled_tokens"]}
+        self.clock = {}
+        for job, ws in zip(jobs, weights):
+            for r, w_T in list(zip(job.rollouts, ws))[:cfg.log_samples]:
+                self.log("samples", {
+                    "step": state["step"], "branch": r.prompt["branch"],
+                    "prompt": prompt_text(r.prompt["prompt"]), "completion": rollout_text(job.student, r),
+                    "reward": r.reward, "selected": bool(w_T.any()),
+                    "gap": None if r.gap_T is None else r.gap_T.mean().item()})
+        state["step"] += 1
+        due = lambda every: state["step"] == cfg.steps or (every and state["step"] % every == 0)
+        if due(cfg.eval_every):
+            stats["eval"] = self.evaluate(self.student)
+        self.log("metrics", stats)
+        tqdm.write(step_line(cfg, stats), file=sys.stdout)
+        if due(cfg.save_every):
+            self.save()
+
+    def log(self, name, record):
+        with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(self):
-        """checkpoint/: everything a restart needs, replaced in one rename, so a kill leaves the old or the new one."""
+        """checkpoint/: all a restart needs, replaced in one rename: a kill leaves the old or the new one."""
         with atomic_folder(self.out / "checkpoint") as folder:
             self.student.net.save_pretrained(folder)
             torch.save({"optimizers": [o.state_dict() for o in self.student.optimizers], "state": self.state},
@@ -479,58 +502,47 @@ class Run:
         self.state = saved["state"]
         for optimizer, state in zip(self.student.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for name in ("metrics.jsonl", "samples.jsonl"):         # forget what the lost steps wrote
-            if (self.out / name).exists():
-                lines = (self.out / name).read_text().splitlines()
-                kept = [line for line in lines if json.loads(line)["step"] < self.state["step"]]
-                (self.out / name).write_text("".join(line + "\n" for line in kept))
+        # Forget what the lost steps wrote.
+        for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] < self.state["step"]]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def save_final(self):
         """final/: a plain folder that from_pretrained loads."""
         with atomic_folder(self.out / "final") as folder:
             net, model = self.student.net, self.student
             ours, net.generation_config = net.generation_config, model.generation_config
-            net.save_pretrained(folder, state_dict={k: v.to(model.dtype) for k, v in net.state_dict().items()})
+            net.save_pretrained(folder,
+                                state_dict={k: v.to(model.dtype) for k, v in net.state_dict().items()})
             net.generation_config = ours
             model.tok.save_pretrained(folder)
 
 
 def train(run):
     """The loop. It never asks which method it runs."""
-    cfg, method, stats = run.cfg, METHODS[run.cfg.method].steps(run), None
-    bar = tqdm(total=cfg.steps, initial=run.state["step"], desc=cfg.out, unit="step", mininterval=1)
-    if run.state["step"] == 0:
-        run.log({"step": -1, "eval": run.evaluate(run.student)})
-    while jobs := advance(run, method, stats):
+    method, stats = METHODS[run.cfg.method].steps(run), None
+    run.begin()
+    progress = tqdm(total=run.cfg.steps, initial=run.state["step"], desc=run.cfg.out, unit="step",
+                    mininterval=1)
+    while jobs := advance(run, method, stats):      # sample: the method asks for rollouts and yields Jobs
         if stats is None:
             check_start(run, jobs[0])
         with run.timed("score"):
             for job in jobs:
-                score(job, cfg)                     # lp(y), lq(y): the gap
-            weights = weigh(jobs)                   # select, scale, normalise
+                score(job, run.cfg)                 # lp(y) and lq(y) without gradient: the gap
         with run.timed("update"):
-            stats = update(run, jobs, weights)      # backward of all Jobs, one optimizer step
-        stats["seconds"], run.clock = run.clock, {}
-        stats["memory_gib"] = peak_memory()
-        run.state["seconds"] += sum(stats["seconds"].values())
-        run.log_samples(jobs, weights)
-        run.state["step"] += 1
-        done = run.state["step"] == cfg.steps
-        if done or (cfg.eval_every and run.state["step"] % cfg.eval_every == 0):
-            stats["eval"], run.clock = run.evaluate(run.student), {}
-        stats["sampled_tokens"] = run.state["sampled_tokens"]
-        run.log(stats)
-        bar.update()
-        tqdm.write(step_line(cfg, stats), file=sys.stdout)
-        if done or (cfg.save_every and run.state["step"] % cfg.save_every == 0):
-            run.save()
-    bar.close()
+            weights = weigh(jobs)                   # select, scale, normalise
+            stats = update(run, jobs, weights)      # backward of all Jobs, one step of every student
+        run.record(jobs, weights, stats)
+        progress.update()
+    progress.close()
     run.save_final()
     report.write_run(run.out)
 
 
 def advance(run, method, stats):
-    """The next Jobs of a method, or None when it is done. Every step has its own seed, so a resumed one repeats itself."""
+    """A method's next Jobs, or None at its end. Every step has its own seed: a resumed one repeats itself."""
     torch.manual_seed(run.cfg.seed * 1_000_003 + run.state["step"])
     try:
         return method.send(stats)
@@ -539,9 +551,10 @@ def advance(run, method, stats):
 
 
 def step_line(cfg, s):
-    """One step on one line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
+    """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
     parts = [f"step {s['step'] + 1}/{cfg.steps} {s['branch']}"]
-    parts += [f"{cfg.loss} {s['value']:.3f}" if "value" in s else f"nll {-s['logprob_s']:.3f}"]
+    parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
+    parts += [f"nll {-s['logprob_s']:.3f}"] if "logprob_s" in s and "value" not in s else []
     parts += [f"gap {s['gap']:+.3f}"] if "gap" in s else []
     parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
     parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
@@ -561,19 +574,19 @@ def peak_memory():
 
 @torch.no_grad()
 def check_start(run, job):
-    """Before the first update: KL(student, student) = 0, and the sampler's log-probs are the training forward's."""
+    """At the start: KL(student, student) = 0, and the sampler's log-probs are the training forward's."""
     student, cfg, some = run.student, run.cfg, job.rollouts[:8]
     ids = [r.ids_T for r in some]
     hidden_NH = completion_hidden(student, [rollout_prompt(student, r, cfg) for r in some], ids)
     head_VH = student.head_VH.to(student.dtype)
     kl, _ = linear_divergence(hidden_NH, head_VH, hidden_NH, head_VH, divergence="rkl", vocab=student.vocab)
     if not abs(kl.item()) / len(hidden_NH) < 1e-4:
-        fail(f"KL(student, student) = {kl.item() / len(hidden_NH):.2e} nats per token instead of 0: the loss is broken here")
+        fail(f"KL(student, student) = {kl.item() / len(hidden_NH):.2e} nats per token instead of 0")
     if some[0].logp_T is None:
         return
     if cfg.temperature != 1 or cfg.top_p < 1:
-        tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from p itself; "
-                   "only the importance weight of --loss pg corrects for it")
+        tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
+                   "p itself; only the importance weight of --loss pg corrects for it")
         return
     _, stats = linear_logprob(hidden_NH, head_VH, torch.cat(ids), vocab=student.vocab)
     off = (stats["logprob_s"] - torch.cat([r.logp_T for r in some])).abs().mean().item()
@@ -582,7 +595,7 @@ def check_start(run, job):
              "the rollouts are not on-policy")
 
 
-# ---- setting up ------------------------------------------------------------------------------------------------------
+# ---- setting up --------------------------------------------------------------------------------------------
 
 def fail(message):
     raise SystemExit(f"opd.py: {message}")
@@ -601,8 +614,8 @@ def find_checkpoint(cfg):
     free |= {"steps"} if cfg.lr_schedule == "constant" else set()
     for key in now.keys() - free:
         if now[key] != before.get(key):
-            fail(f"--resume with another --{key} ({now[key]}, was {before.get(key)}) would be another experiment; "
-                 "choose another --out")
+            fail(f"--resume with another --{key} ({now[key]}, was {before.get(key)}) would be another "
+                 "experiment; choose another --out")
     if spare.exists() and not checkpoint.exists():          # killed between the two renames of atomic_folder
         spare.rename(checkpoint)
     if checkpoint.exists():
@@ -614,13 +627,15 @@ def find_checkpoint(cfg):
 
 def write_config(cfg):
     """OUT/config.json: every setting, with versions, commit, device and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "opd": commit.stdout.strip() or "unknown"}
-    device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    on_gpu, started = cfg.device.startswith("cuda"), time.strftime("%Y-%m-%d %H:%M:%S")
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    record = {**vars(cfg), "versions": versions, "device_name": device, "started": started}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    (Path(cfg.out) / "config.json").write_text(json.dumps(
-        {**vars(cfg), "versions": versions, "device_name": device, "started": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))
+    (Path(cfg.out) / "config.json").write_text(json.dumps(record, indent=1))
 
 
 def check_prompts(run):
@@ -630,8 +645,8 @@ def check_prompts(run):
         for branch, prompts in run.prompts.items():
             for prompt in prompts:
                 if not isinstance(prompt.get("solution"), str):
-                    fail(f"--method {cfg.method} learns from references, but {cfg.prompts[branch]}:{prompt['row']} "
-                         'has no "solution"')
+                    fail(f"--method {cfg.method} learns from references, but "
+                         f'{cfg.prompts[branch]}:{prompt["row"]} has no "solution"')
     for name, prompts in run.evals.items():
         for prompt in prompts:
             if "answer" not in prompt:
@@ -655,7 +670,7 @@ def shuffled(count, seed):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Write a folder beside `path`, then put it in its place: a kill leaves the old one or the new one, never half."""
+    """Write a folder beside `path`, then put it in place: a kill leaves the old or the new, never half."""
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -668,7 +683,7 @@ def atomic_folder(path):
 
 
 def pairs(values, what, default):
-    """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; a single bare value gets the name `default`."""
+    """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; one bare value is named `default`."""
     out = {}
     for value in values:
         name, found = re.match(r"(?:([A-Za-z]\w*)=)?(.+)", value).groups()
@@ -708,72 +723,89 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    p = Parser(prog="opd.py", description=__doc__, formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
+    p = Parser(prog="opd.py", description=__doc__,
+               formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
     add = p.add_argument_group("what").add_argument
-    add("--student", metavar="PATH", help="the model that learns: a folder or hub id, as from_pretrained takes it")
+    add("--student", metavar="PATH",
+        help="the model that learns: a folder or hub id, as from_pretrained takes it")
     add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
         help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
     add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
         help="JSON lines with prompt, optional answer, grader, solution (data/chat.py); one file per branch. "
              "For camopd the first is the branch to recover, the others are preserved")
-    add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE", help="prompts with answers, never trained on")
-    add("--method", choices=METHODS, help="methods.py; default: opd with one teacher, mopd with several, sft with none")
-    add("--out", metavar="DIR", help="the run's folder: config, metrics, samples, checkpoint/, final/, report, picture")
+    add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
+        help="prompts with answers, never trained on")
+    add("--method", choices=METHODS,
+        help="methods.py; default: opd with one teacher, mopd with several, sft with none")
+    add("--out", metavar="DIR",
+        help="the run's folder: config, metrics, samples, checkpoint/, final/, report, picture")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 
     add = p.add_argument_group("objective (losses.py)").add_argument
-    add("--loss", choices=LOSSES, help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's own")
-    add("--jsd_beta", type=float, default=0.5, help="weight of the teacher in the mixture of --loss jsd; GKD 2306.13649")
+    add("--loss", choices=LOSSES,
+        help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's")
+    add("--jsd_beta", type=float, default=0.5,
+        help="jsd: weight of the teacher in the mixture; GKD 2306.13649")
     add("--loss_temperature", type=float, default=1.0, help="divides both models' logits in the loss")
     add("--importance", type=float, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
         help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")
 
     add = p.add_argument_group("method (methods.py)").add_argument
     add("--mixture", metavar="N:M", help="shares of the branches in a mixed batch; default: equal")
-    add("--gkd_lambda", type=float, default=0.5, help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
+    add("--gkd_lambda", type=float, default=0.5,
+        help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
     add("--schedule", default="3:1", metavar="N:M",
-        help="camopd: N steps of the first branch, M of the second, ..; 'mixed': all in every step; CaMOPD eq. 5")
+        help="camopd: N steps of the first branch, M of the second, ..; "
+             "'mixed': all in every step; CaMOPD eq. 5")
     add("--mass", nargs="+", default=["0.8"], metavar="[BRANCH=]RHO",
         help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; CaMOPD eq. 8")
     add("--scale", nargs="+", default=[], metavar="[BRANCH=]R",
-        help="camopd: factor on the branch's loss; default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
+        help="camopd: factor on the branch's loss; "
+             "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=100, help="optimizer steps")
     add("--batch", type=int, default=32, help="prompts per step")
     add("--rollouts", type=int, default=1, help="completions per prompt")
     add("--lr", type=float, default=1e-5, help="peak learning rate")
-    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant", help="after the warm-up")
+    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
+        help="after the warm-up")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
     add("--optimizer", choices=("adamw", "muon", "sgd"), default="adamw",
         help="muon: hidden matrices by Muon, scaled to AdamW's step size, the rest by AdamW")
     add("--adam_beta2", type=float, default=0.95, help="AdamW's second beta (the first is 0.9)")
     add("--weight_decay", type=float, default=0.01, help="on matrices; norms and biases do not decay")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--micro_tokens", type=int, default=16384, help="tokens per forward pass, padding included: memory, not results")
+    add("--micro_tokens", type=int, default=16384,
+        help="tokens per forward pass with padding: memory, not results")
 
     add = p.add_argument_group("sampling and evaluation").add_argument
-    add("--temperature", type=float, default=1.0, help="of the rollouts; anything but 1 is off-policy, and said so")
+    add("--temperature", type=float, default=1.0,
+        help="of the rollouts; anything but 1 is off-policy, and said so")
     add("--top_p", type=float, default=1.0, help="of the rollouts; likewise")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
-    add("--sample_batch", type=int, default=256, help="completions generated at a time: memory, not results on average")
+    add("--sample_batch", type=int, default=256, help="completions generated at a time")
     add("--chat_template_kwargs", type=json.loads, default={}, metavar="JSON",
         help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
-    add("--eval_every", type=int, default=0, help="steps between evaluations; 0 = before and after training only")
-    add("--eval_rollouts", type=int, default=1, help="completions per evaluation prompt; the score is their mean")
+    add("--eval_every", type=int, default=0,
+        help="steps between evaluations; 0 = before and after training only")
+    add("--eval_rollouts", type=int, default=1,
+        help="completions per evaluation prompt; the score is their mean")
     add("--eval_temperature", type=float, default=0.0, help="0 = greedy")
 
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; what learns is kept in float32. "
-        "Default: bfloat16 on cuda, float32 on cpu")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
     add("--seed", type=int, default=0, help="of prompts' order and sampling")
     add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = at the end only")
     add("--log_samples", type=int, default=2, help="rollouts per step and branch that samples.jsonl keeps")
 
     add = p.add_argument_group("recipes: a whole table in one command (data/recipes.py)").add_argument
-    add("--recipe", choices=recipes.RECIPES, help="run its rows, each as a call of this program; started again, continue")
-    add("--seeds", type=int, default=1, help="recipe: repetitions, each with its own seed; the table shows mean and spread")
+    add("--recipe", choices=recipes.RECIPES,
+        help="run its rows, each a call of this program; run again, it continues")
+    add("--seeds", type=int, default=1,
+        help="recipe: repetitions with seeds 0, 1, ..; the table shows mean and spread")
     add("--quick", action="store_true", help="recipe: a short form of every row")
     add("--jobs", type=int, default=1, help="recipe: seeds that run at the same time")
     return p
@@ -787,8 +819,8 @@ def configure(argv=None):
     for flag in ("student", "prompts", "out"):
         if not getattr(cfg, flag):
             fail(f"--{flag} is missing; python opd.py --help explains all flags")
-    for flag in ("steps", "batch", "rollouts", "max_new_tokens", "sample_batch", "micro_tokens", "eval_rollouts",
-                 "loss_temperature", "lr"):
+    for flag in ("steps", "batch", "rollouts", "max_new_tokens", "sample_batch", "micro_tokens",
+                 "eval_rollouts", "loss_temperature", "lr"):
         if not getattr(cfg, flag) > 0:
             fail(f"--{flag} {getattr(cfg, flag)} is not positive")
     cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
@@ -812,19 +844,23 @@ def configure(argv=None):
         counts = [int(n) if n.isdigit() else 0 for n in (value or "").split(":")]
         default = value in (None, "mixed") or (flag == "schedule" and cfg.method != "camopd")
         if not default and (len(counts) != len(branches) or not all(counts)):
-            fail(f"--{flag} {value} needs a positive number for each of the branches {', '.join(branches)}, as in 3:1")
+            fail(f"--{flag} {value} needs a positive number for each of the branches "
+                 f"{', '.join(branches)}, as in 3:1")
     if not all(split(cfg.batch, cfg.mixture, branches).values()):
         fail(f"--batch {cfg.batch} leaves a branch without prompts")
     cfg.mass = per_branch(cfg.mass, branches, "--mass", lambda branch: 0.8)
-    cfg.scale = per_branch(cfg.scale, branches, "--scale", lambda branch: 2.0 if branch == branches[0] else 1.0)
-    for flag, numbers in (("mass", cfg.mass.values()), ("gkd_lambda", [cfg.gkd_lambda]), ("top_p", [cfg.top_p])):
+    cfg.scale = per_branch(cfg.scale, branches, "--scale",
+                           lambda branch: 2.0 if branch == branches[0] else 1.0)
+    for flag, numbers in (("mass", cfg.mass.values()), ("gkd_lambda", [cfg.gkd_lambda]),
+                          ("top_p", [cfg.top_p])):
         for number in numbers:
-            if not 0 <= number <= 1:
+            if not 0 <= number <= 1 or (number == 0 and flag == "top_p"):
                 fail(f"--{flag} {number} is not within 0 and 1")
     if LOSSES[cfg.loss].divergence:
         lookup(cfg.loss, knob(cfg))
     if cfg.temperature <= 0:
-        fail(f"--temperature {cfg.temperature}: rollouts are sampled, so it must be positive (1 is on-policy)")
+        fail(f"--temperature {cfg.temperature}: rollouts are sampled, so it must be positive "
+             "(1 is on-policy)")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda, but torch sees no CUDA device")
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
@@ -839,7 +875,7 @@ def main(argv=None):
         if getattr(cfg, "recipe", None):
             return recipes.run(cfg.recipe, cfg.out, cfg.seeds, cfg.quick, cfg.jobs)
         train(Run(cfg))
-    except ValueError as error:                     # bad data and settings found on the way (data/, losses.py)
+    except ValueError as error:                 # bad data and settings found on the way (data/, losses.py)
         fail(error)
 
 

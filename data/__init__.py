@@ -1,7 +1,8 @@
 """Prompts, graders, the small world, recipes and reports.
 
-Importing this package also keeps transformers away from our kernels/: transformers probes for a distribution called
-`kernels`, and where that one is installed it would import ours in its place. It is optional there, so it is switched off.
+Importing this package also keeps transformers away from our kernels/: transformers probes for a distribution
+called `kernels`, and where that one is installed it would import ours in its place. It is optional there, so
+it is switched off.
 """
 import transformers.utils
 import transformers.utils.import_utils

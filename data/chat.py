@@ -7,8 +7,9 @@ A prompt file has one JSON object per line:
     answer      what `grader` compares a completion with                                        (optional)
     grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
 
-A model with a chat template sees its own template around the messages (plain text becomes one user message); one without
-sees the plain text. The completion is never rendered: it is token ids from the sampler, or encode_completion.
+A model with a chat template sees its own template around the messages (plain text becomes one user message);
+one without sees the plain text. The completion is never rendered: it is token ids from the sampler or
+from encode_completion.
 """
 import json
 from pathlib import Path
@@ -37,11 +38,14 @@ def load_prompts(source, branch):
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}:{number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not row.get("prompt"):
-            raise ValueError(f'{source}:{number}: a row is an object with a non-empty "prompt", not {line[:60]}')
+            raise ValueError(f'{source}:{number}: a row is an object with a non-empty "prompt", '
+                             f'not {line[:60]}')
         if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
-            raise ValueError(f'{source}:{number}: "prompt" is text or a list of {{"role", "content"}} messages')
+            raise ValueError(f'{source}:{number}: "prompt" is text or a list of '
+                             '{"role", "content"} messages')
         if "answer" in row and row.setdefault("grader", "exact") not in GRADERS:
-            raise ValueError(f"{source}:{number}: unknown grader {row['grader']!r}; there are: {', '.join(GRADERS)}")
+            raise ValueError(f"{source}:{number}: unknown grader {row['grader']!r}; "
+                             f"there are: {', '.join(GRADERS)}")
         prompts.append({**row, "branch": branch, "row": number})
     if not prompts:
         raise ValueError(f"{source} has no prompts")
@@ -49,14 +53,16 @@ def load_prompts(source, branch):
 
 
 def is_chat(prompt):
-    return isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    return isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys()
+                                            for m in prompt)
 
 
 def encode_prompt(tok, prompt, template_kwargs=None):
     """Token ids of a prompt as the model sees it, up to where its completion begins."""
     if tok.chat_template:
         messages = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
-        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {}))
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                       **(template_kwargs or {}))
         ids = tok(text, add_special_tokens=False).input_ids
     elif is_chat(prompt):
         raise ValueError(f"{tok.name_or_path} has no chat template, but the prompt is a list of messages")

@@ -1,6 +1,6 @@
 """Converters from public sets to prompt rows (data/chat.py): `--prompts openai/gsm8k`, or by hand
 
-    python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs the package datasets)
+    python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs package datasets)
     python -m data.convert openai/gsm8k --file test.jsonl > gsm8k.jsonl  from a file in the set's own format
 """
 import argparse
@@ -37,7 +37,8 @@ SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": S
 def rows(name, file=None):
     """The prompt rows of a set, from the hub or from a JSON-lines file in the set's own format."""
     if file:
-        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()
+               if line.strip()]
     else:
         try:
             from datasets import load_dataset
@@ -48,7 +49,8 @@ def rows(name, file=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETS)
     parser.add_argument("--file", help="JSON lines in the set's own format")
     args = parser.parse_args()

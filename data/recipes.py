@@ -1,7 +1,8 @@
 """Recipes: the table of a paper or of this project as data, one row of flags per row of the table.
 
-`python opd.py --recipe small --out runs/small --seeds 5` runs every row of every seed as its own call of opd.py on saved
-folders, skips what is finished, resumes what was interrupted, and writes OUT/results.json, report.md and curves.png.
+`python opd.py --recipe small --out runs/small --seeds 5` runs every row of every seed as its own call of
+opd.py on saved folders, skips what is finished, resumes what was interrupted, and writes OUT/results.json,
+report.md and curves.png.
 """
 import os
 import subprocess
@@ -27,55 +28,62 @@ class Recipe:
     references: tuple               # rows that are teachers, not results
     quick: dict                     # row -> flags that --quick replaces; "" = of every row
     quick_prepare: list = field(default_factory=list)
-    expected: dict = field(default_factory=dict)        # "full" or "quick" -> row -> (mean, spread) per column, in %
+    expected: dict = field(default_factory=dict)    # "full" or "quick" -> row -> (mean, spread) per column, %
 
 
 SMALL_BRANCHES = ["general={dir}/world/general.jsonl", "domain={dir}/world/domain.jsonl"]
 SMALL_TEACHERS = ["general={dir}/generalist/final", "domain={dir}/specialist/final"]
-SMALL_ARM = dict(student="{dir}/specialist/final", prompts=SMALL_BRANCHES, steps=160, batch=64, lr=5e-4, warmup=10,
-                 lr_schedule="cosine", eval_every=40, save_every=80)
+SMALL_ARM = dict(student="{dir}/specialist/final", prompts=SMALL_BRANCHES, steps=160, batch=64, lr=1e-4,
+                 warmup=10, lr_schedule="cosine", eval_every=40, save_every=80)
 TAUGHT = SMALL_ARM | dict(teachers=SMALL_TEACHERS)
 
 RECIPES = {
     "small": Recipe(
-        about="The small world: a generalist forgets while it specialises; recover the general skills, keep the domain. "
-              "covered = general skills with proxy prompts, uncovered = general skills without any.",
+        about="The small world: a generalist forgets while it specialises; "
+              "recover the general skills, keep the domain. "
+              "covered = general skills with proxy prompts, uncovered = general skills without any; mopd and "
+              "camopd with the full-vocabulary reverse KL, -pg with the papers' sampled-token policy gradient.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
-        common=dict(seed="{seed}", max_new_tokens=24, sample_batch=512,
-                    eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl" for name in ("covered", "uncovered", "domain")]),
+        common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512,
+                    eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl"
+                                  for name in ("covered", "uncovered", "domain")]),
         rows={
-            "generalist": dict(student="{dir}/world/init", prompts=["{dir}/world/generalist.jsonl"], method="sft",
-                               optimizer="muon", lr=2e-3, lr_schedule="cosine", warmup=20, steps=700, batch=128,
-                               save_every=350),
-            "specialist": dict(student="{dir}/generalist/final", prompts=["{dir}/world/specialist.jsonl"], method="sft",
-                               optimizer="muon", lr=1e-3, lr_schedule="cosine", warmup=20, steps=250, batch=128,
-                               save_every=0),
+            "generalist": dict(student="{dir}/world/init", prompts=["{dir}/world/generalist.jsonl"],
+                               method="sft", optimizer="muon", lr=2e-3, lr_schedule="cosine", warmup=20,
+                               steps=700, batch=128, save_every=350),
+            "specialist": dict(student="{dir}/generalist/final", prompts=["{dir}/world/specialist.jsonl"],
+                               method="sft", optimizer="muon", lr=1e-3, lr_schedule="cosine", warmup=20,
+                               steps=250, batch=128, save_every=0),
             "sft": SMALL_ARM | dict(method="sft"),
             "seqkd": TAUGHT | dict(method="seqkd"),
             "kd": TAUGHT | dict(method="kd"),
             "gkd": TAUGHT | dict(method="gkd"),
-            "opd": SMALL_ARM | dict(method="opd", prompts=SMALL_BRANCHES[:1], teachers=["{dir}/generalist/final"]),
+            "opd": SMALL_ARM | dict(method="opd", prompts=SMALL_BRANCHES[:1],
+                                    teachers=["{dir}/generalist/final"]),
             "mopd": TAUGHT | dict(method="mopd", loss="rkl"),
             "camopd": TAUGHT | dict(method="camopd", loss="rkl"),
-            "camopd pg": TAUGHT | dict(method="camopd", loss="pg"),
+            "mopd-pg": TAUGHT | dict(method="mopd", loss="pg"),
+            "camopd-pg": TAUGHT | dict(method="camopd", loss="pg"),
         },
         columns={"covered": "general, covered", "uncovered": "general, uncovered", "domain": "domain"},
         axes={"domain accuracy, %": ("domain",), "general accuracy, %": ("covered", "uncovered")},
         references=("generalist", "specialist"),
-        quick={"": dict(steps=24, eval_every=12), "generalist": dict(steps=200), "specialist": dict(steps=60)},
-        quick_prepare=["--generalist", "26000", "--specialist", "8000", "--evaluation", "160"],
+        quick={"": dict(steps=24, eval_every=12, lr=5e-4), "generalist": dict(steps=200),
+               "specialist": dict(steps=60)},
+        quick_prepare=["--generalist", "26000", "--specialist", "8000", "--evaluation", "240"],
     ),
 }
 
 
 def run(name, out, seeds, quick, jobs=1):
-    """Run what is missing of a recipe for seeds 0 .. seeds - 1, `jobs` seeds at a time; print and write its table."""
+    """Run what a recipe lacks for seeds 0 .. seeds - 1, `jobs` seeds at a time; print and write its table."""
     recipe, form = RECIPES[name], "quick" if quick else "full"
     out = Path(os.path.relpath(out or ROOT / "runs" / (f"{name}-quick" if quick else name), ROOT))
     os.chdir(ROOT)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, quick, threads) for seed in range(seeds)]:
+        for done in [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, quick, threads)
+                     for seed in range(seeds)]:
             done.result()
     report.write_recipe(name, recipe, out, seeds, form)
 
@@ -85,14 +93,16 @@ def run_seed(recipe, folder, seed, quick, threads):
     form, prepared = "quick" if quick else "full", folder / "prepared"
     if not prepared.exists():
         extra = recipe.quick_prepare if quick else []
-        call(["-m", *(fill(x, folder, seed) for x in recipe.prepare), *extra], f"{folder}: data", folder / "data.log", threads)
+        call(["-m", *(fill(x, folder, seed) for x in recipe.prepare), *extra], f"{folder}: data",
+             folder / "data.log", threads)
         prepared.write_text(form)
     if prepared.read_text() != form:
-        raise SystemExit(f"{folder} holds the {prepared.read_text()} form of this recipe; choose another --out")
+        raise SystemExit(f"{folder} holds the {prepared.read_text()} form of this recipe; "
+                         "choose another --out")
     for number, row in enumerate(recipe.rows, 1):
         if not (folder / row / "final").exists():
-            call(["opd.py", *arguments(recipe, row, folder, seed, quick)], f"{folder}: {row} ({number}/{len(recipe.rows)})",
-                 folder / f"{row}.log", threads)
+            call(["opd.py", *arguments(recipe, row, folder, seed, quick)],
+                 f"{folder}: {row} ({number}/{len(recipe.rows)})", folder / f"{row}.log", threads)
 
 
 def arguments(recipe, row, folder, seed, quick):
@@ -102,7 +112,8 @@ def arguments(recipe, row, folder, seed, quick):
         flags |= recipe.quick.get(row, recipe.quick[""])
     argv = ["--out", str(folder / row), "--resume"]
     for flag, value in flags.items():
-        argv += [f"--{flag}", *(fill(x, folder, seed) for x in (value if isinstance(value, list) else [value]))]
+        argv += [f"--{flag}", *(fill(x, folder, seed)
+                                for x in (value if isinstance(value, list) else [value]))]
     return argv
 
 
@@ -116,6 +127,8 @@ def call(argv, title, log, threads):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as lines:
         code = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}).returncode
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads),
+                                   "PYTHONUNBUFFERED": "1"}).returncode
     if code:
-        raise SystemExit(f"{title}: failed with exit code {code}; the same command again continues. Its output: {log}")
+        raise SystemExit(f"{title}: failed with exit code {code}; the same command again continues. "
+                         f"Its output: {log}")

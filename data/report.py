@@ -1,4 +1,4 @@
-"""Reports: what a run or a recipe's table looks like, from the files that it left behind (metrics.jsonl, config.json)."""
+"""Reports: what a run or a recipe's table looks like, from the files it left (metrics.jsonl, config.json)."""
 import json
 import statistics
 import sys
@@ -20,8 +20,8 @@ def pyplot():
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-                         "figure.dpi": 130, "font.size": 9, "legend.frameon": False})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.25, "figure.dpi": 130, "font.size": 9, "legend.frameon": False})
     return plt
 
 
@@ -30,24 +30,27 @@ def write_run(out):
     out = Path(out)
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
     lines = [f"# {config['method']} with {config['loss']}: {config['student']}", "",
-             f"{len(steps)} steps on {config['device_name']}, started {config['started']}, seed {config['seed']}, "
-             f"{steps[-1]['sampled_tokens']:,} tokens sampled, "
+             f"{len(steps)} steps on {config['device_name']}, started {config['started']}, "
+             f"seed {config['seed']}, {steps[-1]['sampled_tokens']:,} tokens sampled, "
              f"{sum(sum(s['seconds'].values()) for s in steps) / 60:.1f} minutes, "
              f"peak memory {max(s['memory_gib'] for s in steps):.1f} GiB.", ""]
     if evals:
         names = list(evals[0][1])
         lines += ["| after step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {step} | " + " | ".join(f"{100 * scores[n]:.1f}" for n in names) + " |" for step, scores in evals]
+        lines += [f"| {step} | " + " | ".join(f"{100 * scores[n]:.1f}" for n in names) + " |"
+                  for step, scores in evals]
         lines += ["", f"Accuracy in %, {config['eval_rollouts']} completion(s) per prompt at temperature "
                   f"{config['eval_temperature']:g}.", ""]
     lines += ["![curves](curves.png)", "", "## Last samples", ""]
-    samples = (out / "samples.jsonl").read_text().splitlines()[-4:] if (out / "samples.jsonl").exists() else []
+    samples = ((out / "samples.jsonl").read_text().splitlines()[-4:]
+               if (out / "samples.jsonl").exists() else [])
     for sample in map(json.loads, samples):
         gap = "" if sample["gap"] is None else f" (mean gap {sample['gap']:+.2f})"
         lines += [f"- step {sample['step'] + 1}, {sample['branch']}{gap}: `{sample['prompt'][-200:]}` -> "
                   f"`{sample['completion'][:300]}`"]
     settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
-    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=1), "```", "", json.dumps(config["versions"])]
+    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
+              json.dumps(config["versions"])]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
@@ -58,7 +61,8 @@ def draw_run(plt, steps, evals, path):
               ("completion length, tokens", ["length"]), ("-log p(y)", ["logprob_s"])]
     panels = [(title, [k for k in keys if k in steps[-1]]) for title, keys in panels]
     panels = [(title, keys) for title, keys in panels if keys][:3]
-    figure, axes = plt.subplots(1, len(panels) + bool(evals), figsize=(3.6 * (len(panels) + bool(evals)), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels) + bool(evals), figsize=(3.6 * (len(panels) + bool(evals)), 3),
+                                squeeze=False)
     for axis, (title, keys) in zip(axes[0], panels):
         for key in keys:
             sign = -1 if key == "logprob_s" else 1
@@ -70,8 +74,8 @@ def draw_run(plt, steps, evals, path):
             axis.legend()
     if evals:
         for name in evals[0][1]:
-            axes[0][-1].plot([step for step, _ in evals], [100 * scores[name] for _, scores in evals], marker="o",
-                             markersize=3, label=name)
+            axes[0][-1].plot([step for step, _ in evals], [100 * scores[name] for _, scores in evals],
+                             marker="o", markersize=3, label=name)
         axes[0][-1].set_title("accuracy, %")
         axes[0][-1].set_xlabel("step")
         axes[0][-1].legend()
@@ -80,10 +84,10 @@ def draw_run(plt, steps, evals, path):
     plt.close(figure)
 
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
+# ---- recipes -----------------------------------------------------------------------------------------------
 
 def collect(recipe, out, seeds):
-    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], "tokens": [..]}} of a recipe's run folders."""
+    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], "tokens": [..]}} of a recipe's runs."""
     results = {}
     for row in recipe.rows:
         runs = [read_metrics(out / f"seed{seed}" / row) for seed in range(seeds)]
@@ -119,15 +123,17 @@ def write_recipe(name, recipe, out, seeds, form):
         record[row] |= {"minutes": found["minutes"], "sampled_tokens": found["sampled_tokens"]}
         table.append([row, *cells, f"{statistics.mean(found['minutes']):.1f}"])
     config = json.loads((out / "seed0" / next(iter(recipe.rows)) / "config.json").read_text())
-    about = (f"{recipe.about} Accuracy in %, greedy; mean ± standard deviation of {seeds} seed(s); training minutes per "
-             f"seed. {config['device_name']}, torch {config['versions']['torch']}, {form} form.")
+    about = (f"{recipe.about} Accuracy in %, greedy; mean ± standard deviation of {seeds} seed(s); "
+             f"training minutes per seed. {config['device_name']}, torch {config['versions']['torch']}, "
+             f"{form} form.")
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
     (out / "results.json").write_text(json.dumps({
         "recipe": name, "form": form, "seeds": seeds, "rows": record, "device": config["device_name"],
         "versions": config["versions"]}, indent=1))
     (out / "report.md").write_text(f"# Recipe {name}\n\n{about}\n\n{text}\n\n![curves](curves.png)\n")
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)) for line in table if line[0] != "---"))
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths))
+                    for line in table if line[0] != "---"))
     print(f"\n{out}/report.md  {out}/results.json", end="")
     if plt := pyplot():
         draw_recipe(plt, recipe, results, out / "curves.png")
@@ -145,8 +151,8 @@ def draw_recipe(plt, recipe, results, path):
         color, reference = ("black", row) if row in recipe.references else (colors[i % len(colors)], None)
         x, y = ([at(curve[-1][1], sets) for curve in found["curve"]] for sets in (x_sets, y_sets))
         (mx, sx), (my, sy) = mean_spread(x), mean_spread(y)
-        ends.errorbar(mx, my, xerr=sx, yerr=sy, fmt="*" if reference else "o", markersize=11 if reference else 6,
-                      color=color, linewidth=1, label=row)
+        ends.errorbar(mx, my, xerr=sx, yerr=sy, fmt="*" if reference else "o",
+                      markersize=11 if reference else 6, color=color, linewidth=1, label=row)
         if not reference:
             points = list(zip(*found["curve"]))
             way.plot([point[0][0] for point in points],

@@ -1,23 +1,25 @@
 """A small world in which distillation can be measured on a laptop: same verbs, different objects.
 
-A prompt is `verb arguments>`, its answer is graded by exact match. Twelve general skills work on letters, numbers and
-countries; eight domain skills use the same verbs on chemistry. Because the verbs are shared, a model that learns the
-domain forgets what they mean elsewhere, and recovering that costs the domain: the conflict that multi-teacher
-distillation is about. Two skills of either kind are chains, in which an early slip ruins everything after it:
+A prompt is `verb arguments>`, its answer is graded by exact match. Twelve general skills work on letters,
+numbers and countries; eight domain skills use the same verbs on chemistry. Because the verbs are shared, a
+model that learns the domain forgets what they mean elsewhere, and recovering that costs the domain: the
+conflict that multi-teacher distillation is about. Two skills of either kind are chains, in which an early
+slip ruins everything after it:
 
     rev pam>map       add 07 26>33            sum 3 8 5 9>03 11 16 25     do rev next opm>mpo nqp
     sort HeCF>HeCF    add C O>12+16=28        sum H2 O C3>02 03 06        do next rev LiBeC>BeBN NBBe
 
-`python -m data.small_world OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and the prompt files:
+`python -m data.small_world OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and the
+prompt files:
 
-    generalist.jsonl   unlimited: all general skills and a little of the domain, for training the general teacher
+    generalist.jsonl   unlimited: all general skills and some of the domain, for training the general teacher
     specialist.jsonl   unlimited: the domain only, for training the domain teacher (which forgets the rest)
     general.jsonl      the proxy prompts of distillation: few, fixed, and only for the skills in COVERED
     domain.jsonl       the domain prompts of distillation: few and fixed
     eval_covered.jsonl, eval_uncovered.jsonl, eval_domain.jsonl
 
-Held out by a hash of the prompt: no evaluation prompt is in a training file, except in the closed fact sets (FACTS:
-`what` and the neighbours of single elements), where knowing the fact is the skill.
+Held out by a hash of the prompt: no evaluation prompt is in a training file, except in the closed fact sets
+(FACTS: `what` and the neighbours of single elements), where knowing the fact is the skill.
 """
 import argparse
 import hashlib
@@ -25,21 +27,22 @@ import json
 import random
 from pathlib import Path
 
-COVERED = ("copy", "rev", "next", "count", "add", "max", "what", "sum")     # skills that have general proxy prompts
-UNCOVERED = ("last", "sort", "sub", "do")                                   # recovered only by generalisation
+COVERED = ("copy", "rev", "next", "count", "add", "max", "what", "sum")    # skills with general proxy prompts
+UNCOVERED = ("last", "sort", "sub", "do")                                  # recovered only by generalisation
 DOMAIN = ("what", "next", "max", "sort", "add", "count", "sum", "do")
 VERBS = sorted({*COVERED, *UNCOVERED, *DOMAIN})
 ELEMENTS = {  # symbol: (name, mass in whole units); in the order of the atomic number
-    "H": ("hydrogen", 1), "He": ("helium", 4), "Li": ("lithium", 7), "Be": ("beryllium", 9), "B": ("boron", 11),
-    "C": ("carbon", 12), "N": ("nitrogen", 14), "O": ("oxygen", 16), "F": ("fluorine", 19), "Ne": ("neon", 20),
-    "Na": ("sodium", 23), "Mg": ("magnesium", 24), "Al": ("aluminium", 27), "Si": ("silicon", 28),
-    "P": ("phosphorus", 31), "S": ("sulfur", 32), "Cl": ("chlorine", 35), "Ar": ("argon", 40)}
+    "H": ("hydrogen", 1), "He": ("helium", 4), "Li": ("lithium", 7), "Be": ("beryllium", 9),
+    "B": ("boron", 11), "C": ("carbon", 12), "N": ("nitrogen", 14), "O": ("oxygen", 16),
+    "F": ("fluorine", 19), "Ne": ("neon", 20), "Na": ("sodium", 23), "Mg": ("magnesium", 24),
+    "Al": ("aluminium", 27), "Si": ("silicon", 28), "P": ("phosphorus", 31), "S": ("sulfur", 32),
+    "Cl": ("chlorine", 35), "Ar": ("argon", 40)}
 SYMBOLS = list(ELEMENTS)
 CAPITALS = {
-    "canada": "ottawa", "france": "paris", "japan": "tokyo", "kenya": "nairobi", "peru": "lima", "egypt": "cairo",
-    "italy": "rome", "spain": "madrid", "cuba": "havana", "china": "beijing", "india": "delhi", "norway": "oslo",
-    "poland": "warsaw", "greece": "athens", "russia": "moscow", "qatar": "doha", "ghana": "accra", "chile": "santiago",
-    "nepal": "kathmandu", "austria": "vienna"}
+    "canada": "ottawa", "france": "paris", "japan": "tokyo", "kenya": "nairobi", "peru": "lima",
+    "egypt": "cairo", "italy": "rome", "spain": "madrid", "cuba": "havana", "china": "beijing",
+    "india": "delhi", "norway": "oslo", "poland": "warsaw", "greece": "athens", "russia": "moscow",
+    "qatar": "doha", "ghana": "accra", "chile": "santiago", "nepal": "kathmandu", "austria": "vienna"}
 FACTS = {("general", "what"), ("domain", "what"), ("domain", "next")}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -145,8 +148,9 @@ def tokenizer():
     pieces = Regex("|".join(rf"\b{verb}\b" for verb in VERBS) + "|[\\s\\S]")
     core.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   clean_up_tokenization_spaces=False, padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
+                                   unk_token="<unk>", clean_up_tokenization_spaces=False,
+                                   padding_side="left")
 
 
 def model(vocab_size, seed, hidden=128, layers=3):
@@ -166,7 +170,8 @@ def build(out, seed, generalist, specialist, pool, evaluation):
     rng, out = random.Random(seed), Path(out)
     everything = COVERED + UNCOVERED
     few = max(generalist // 16, len(DOMAIN))                     # 6% of the generalist's data
-    mixed = rows(rng, "general", everything + ("add", "sum"), generalist - few) + rows(rng, "domain", DOMAIN, few)
+    mixed = (rows(rng, "general", everything + ("add", "sum"), generalist - few)
+             + rows(rng, "domain", DOMAIN, few))
     rng.shuffle(mixed)
     files = {
         "generalist": mixed,
@@ -184,11 +189,13 @@ def build(out, seed, generalist, specialist, pool, evaluation):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generalist", type=int, default=90_000, help="rows for the general teacher")
     parser.add_argument("--specialist", type=int, default=40_000, help="rows for the domain teacher")
-    parser.add_argument("--pool", type=int, default=512, help="general proxy prompts; half as many for the domain")
-    parser.add_argument("--evaluation", type=int, default=400, help="rows per evaluation file")
+    parser.add_argument("--pool", type=int, default=128,
+                        help="general proxy prompts; half as many for the domain")
+    parser.add_argument("--evaluation", type=int, default=480, help="rows per evaluation file")
     build(**vars(parser.parse_args()))

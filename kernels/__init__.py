@@ -2,10 +2,12 @@
 
     loss = sum_n weight_n * D(p_n, q_n)  +  sum_n label_weight_n * -log p_n(y_n)
 
-with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the teacher's logits. Both gradients (hidden
-states and head) are computed in the forward pass, chunk by chunk, while the logits exist, and only scaled in backward.
+with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the teacher's logits. Both
+gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
+and only scaled in backward.
 
-Backends, one result: "torch" (chunked.py: any device, any dtype) and "dense" (the oracle: plain autograd on whole logits).
+Backends, one result: "torch" (chunked.py: any device, any dtype) and "dense" (the oracle: plain autograd on
+whole logits).
 """
 import torch
 
@@ -17,9 +19,10 @@ from . import chunked
 BACKENDS = ("torch", "dense")
 
 
-def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=None, *, divergence="rkl", knob=None,
-                      temperature=1.0, target=(1.0, 0.0), support="full", top_k=None, labels_N=None,
-                      label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None, chunk_bytes=None, backend=None):
+def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=None, *, divergence="rkl",
+                      knob=None, temperature=1.0, target=(1.0, 0.0), support="full", top_k=None,
+                      labels_N=None, label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None,
+                      chunk_bytes=None, backend=None):
     """Weighted sum of per-token divergences between two language models' heads, with an optional label term.
 
     hidden_s_NH [N, Hs], head_s_VH [V, Hs]   the student; the loss is differentiable with respect to these two
@@ -28,28 +31,30 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     divergence, knob, target                 a name in losses.DIVERGENCES, its knob, the target (losses.py)
     temperature                              divides both models' logits
     support                                  "full": every shared vocabulary entry counts
-    labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); label_weight_N None = no such term
-    vocab                                    number of shared token ids; later columns count as -inf and get no gradient
+    labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); None = no such term
+    vocab                                    number of shared ids; later columns are -inf and get no gradient
     softcap_s, softcap_t                     logits become c * tanh(logits / c) (Gemma 2)
-    chunk_bytes                              memory for logits, all buffers together; None = chunked.CHUNK_BYTES
+    chunk_bytes                              memory for all logit buffers together; None = chunked.CHUNK_BYTES
     backend                                  None = "torch"; or "dense"
 
-    Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N] tensors of
-    softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels logprob_s, logprob_t;
-    the _t entries describe the target. Tokens whose weights are both 0 are skipped and read 0 in stats.
+    Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N]
+    tensors of softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels
+    logprob_s, logprob_t; the _t entries describe the target. Tokens whose weights are both 0 are skipped and
+    read 0 in stats.
     """
     lookup(divergence, knob)
     if support != "full" or top_k is not None:
         raise ValueError(f"support {support!r} with top_k {top_k}: only 'full' is available")
-    return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N, divergence, knob,
-                 temperature, target, vocab, softcap_s, softcap_t, chunk_bytes, backend)
+    return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N,
+                 divergence, knob, temperature, target, vocab, softcap_s, softcap_t, chunk_bytes, backend)
 
 
 def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1.0, vocab=None, softcap=None,
                    chunk_bytes=None, backend=None):
-    """sum_n weight_n * -log p(y_n): maximum likelihood, policy gradients, DPO. Arguments as in linear_divergence.
+    """sum_n weight_n * -log p(y_n): maximum likelihood, policy gradients, DPO.
 
-    Returns (loss, stats) with stats logprob_s, entropy_s. Under torch.no_grad it is the cheap way to score tokens.
+    Arguments as in linear_divergence. Returns (loss, stats) with stats logprob_s, entropy_s. Under
+    torch.no_grad it is the cheap way to score tokens.
     """
     if weight_N is None:
         weight_N = torch.ones(len(labels_N), device=hidden_NH.device)
@@ -57,14 +62,15 @@ def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1
                  temperature, (1.0, 0.0), vocab, softcap, None, chunk_bytes, backend)
 
 
-def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, divergence, knob, temperature, target, vocab,
-          softcap_s, softcap_t, chunk_bytes, backend):
+def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, divergence, knob, temperature,
+          target, vocab, softcap_s, softcap_t, chunk_bytes, backend):
     N, rows = len(hidden_s), [len(head) for head in (head_s, head_t) if head is not None]
     vocab = min(rows) if vocab is None else vocab
     for name, x in dict(hidden_t=hidden_t, weight=weight, labels=labels, label_weight=label_weight).items():
         assert x is None or len(x) == N, f"{name} has {len(x)} rows, hidden_s has {N}"
     assert 0 < vocab <= min(rows), f"vocab {vocab} is not within 1 and the heads' {min(rows)} rows"
-    assert labels is None or N == 0 or 0 <= labels.min() <= labels.max() < vocab, "labels outside the shared vocabulary"
+    assert labels is None or N == 0 or 0 <= labels.min() <= labels.max() < vocab, \
+        "labels outside the shared vocabulary"
     assert label_weight is None or labels is not None, "label_weight_N needs labels_N"
     assert temperature > 0, temperature
     if backend not in (None, *BACKENDS):
@@ -86,7 +92,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, grad):
         dX, dW = (grad and need for need in ctx.needs_input_grad[:2])
-        loss, stats, dX, dW = chunked.run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, dX, dW)
+        loss, stats, dX, dW = chunked.run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight,
+                                          spec, dX, dW)
         ctx.save_for_backward(dX, dW)
         stats = tuple(stats[name] for name in spec.stats(labels))
         ctx.mark_non_differentiable(*stats)
@@ -115,7 +122,8 @@ def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spe
         with torch.no_grad():
             w = mix(z, logits(hidden_t, head_t, spec.softcap_t)[used], spec.target) / spec.temperature
             lq = torch.log_softmax(w, -1)
-        value = dense_divergence(z, w * spec.temperature, spec.divergence, knob=spec.knob, temperature=spec.temperature)
+        value = dense_divergence(z, w * spec.temperature, spec.divergence, knob=spec.knob,
+                                 temperature=spec.temperature)
         loss = loss + (weight[used] * value).sum()
         stats["value"][used] = value.detach()
         stats["entropy_t"][used] = torch.special.entr(lq.exp()).sum(-1)

@@ -1,7 +1,8 @@
 """The torch backend: a chunk of tokens at a time, the student's logits turned into their gradient in place.
 
-Per chunk of C tokens: two matrix products into two preallocated [C, V] buffers, the row formula on a few rows at a time
-(so that they stay in the cache), then dX = dZ @ W and dW += dZ.T @ X. Work is done in float32 (float64 for float64 input).
+Per chunk of C tokens: two matrix products into two preallocated [C, V] buffers, the row formula on a few rows
+at a time (so that they stay in the cache), then dX = dZ @ W and dW += dZ.T @ X. Work is done in float32
+(float64 for float64 input).
 """
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from losses import FLOOR, lookup, mix
 
 CHUNK_BYTES = 256 << 20     # both logit buffers together
-ROWS = 8                    # rows per block on a CPU: 8 x 50k x 4 B x a few temporaries stay in the last-level cache
+BLOCK = 400_000             # logits per block of rows on a CPU: with the row's temporaries they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Spec:
 
 
 def used_rows(weight, label_weight):
-    """Indices of the tokens that any weight keeps. The others get no work, exact zero gradients and zero statistics."""
+    """Indices of tokens that any weight keeps. Others get no work, exact zero gradients and statistics."""
     kept = [w != 0 for w in (weight, label_weight) if w is not None]
     return torch.stack(kept).any(0).nonzero()[:, 0]
 
 
 def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
-    """(loss, stats, dX or None, dW or None). The gradients are of the loss with upstream gradient 1, in input dtype."""
+    """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype."""
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     V, N, device = spec.vocab, len(hidden_s), hidden_s.device
     hidden_s, head_s = hidden_s.detach(), head_s.detach()
@@ -61,7 +62,7 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
     stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
     dX = torch.zeros_like(hidden_s) if need_dX else None
     dW = torch.zeros(head_s.shape, dtype=work, device=device) if need_dW else None
-    block = ROWS if device.type == "cpu" else chunk
+    block = max(1, BLOCK // V) if device.type == "cpu" else chunk
 
     for start in range(0, len(used), chunk):
         at = slice(start, min(start + chunk, len(used)))
@@ -75,7 +76,8 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
             rows = slice(first, min(first + block, n))
             here = slice(start + rows.start, start + rows.stop)
             loss += row_block(
-                z[rows], None if w is None else w[rows], *(x if x is None else x[here] for x in (weight, labels, label_weight)),
+                z[rows], None if w is None else w[rows],
+                *(x if x is None else x[here] for x in (weight, labels, label_weight)),
                 {name: x[here] for name, x in stats.items()}, spec, need_dX or need_dW)
         dz = z.to(hidden_s.dtype)                               # z holds dZ by now
         if need_dX:
@@ -91,7 +93,7 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
 
 
 def product(hidden, head, out):
-    """logits = hidden @ head.T in out's dtype: bfloat16 logits would cost 6-19% of the gradient near convergence."""
+    """logits = hidden @ head.T in out's dtype: bf16 logits cost 6-19% of the gradient near convergence."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.T.to(hidden.dtype), out=out)
     elif hidden.is_cuda:
@@ -111,9 +113,9 @@ def accumulate(dW, dz, hidden):
 
 
 def row_block(z, w, weight, labels, label_weight, stats, spec, grad):
-    """Fill `stats` and, when `grad`, overwrite the student's logits z with dLoss/dz. Returns the block's loss."""
+    """Fill `stats`; when `grad`, overwrite the student's logits z with dLoss/dz. Returns the block's loss."""
     if spec.softcap_s:
-        cap = z.div_(spec.softcap_s).tanh_().clone()            # tanh(z / c), also the derivative's ingredient
+        cap = z.div_(spec.softcap_s).tanh_().clone()        # tanh(z / c), also the derivative's ingredient
         z.mul_(spec.softcap_s)
     lp = torch.log_softmax(z / spec.temperature, -1).clamp_(min=FLOOR)
     p = lp.exp()

@@ -8,16 +8,17 @@ from data import small_world
 
 torch.set_num_threads(2)
 WORD_ROWS = [{"prompt": p, "answer": a, "solution": a} for p, a in (
-    ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"), ("sort zyx>", "xyz"))]
+    ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"),
+    ("sort zyx>", "xyz"))]
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folders of tiny untrained models that share one tokenizer: a, b (the same size), wide (another hidden size)."""
+    """Folders of tiny untrained models with one tokenizer: a, b (same size), wide (another hidden size)."""
     root, tok = tmp_path_factory.mktemp("models"), small_world.tokenizer()
     for name, seed, hidden in (("a", 0, 32), ("b", 1, 32), ("wide", 2, 48)):
         net = small_world.model(len(tok), seed, hidden=hidden, layers=2)
-        with torch.no_grad():                                    # far from uniform, so that losses and gaps are large
+        with torch.no_grad():                        # far from uniform, so that losses and gaps are large
             for parameter in net.parameters():
                 parameter.mul_(6 if parameter.ndim == 2 else 1)
         net.save_pretrained(root / name)
@@ -37,7 +38,7 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def argv(tmp_path, models, prompts):
-    """argv(flag=value, ..) -> a command line with defaults for a tiny model; every call has its own out folder."""
+    """argv(flag=value, ..) -> a command line with defaults for a tiny model; every call has its own --out."""
     def build(**flags):
         build.calls += 1
         flags = dict(student=models / "a", teachers=[models / "wide"], prompts=[prompts()], steps=2, batch=4,
@@ -45,7 +46,8 @@ def argv(tmp_path, models, prompts):
         words = []
         for flag, value in flags.items():
             if value != []:
-                words += [f"--{flag}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+                words += [f"--{flag}", *([] if value is True
+                                         else map(str, value if isinstance(value, list) else [value]))]
         return words
     build.calls = 0
     return build

@@ -22,9 +22,11 @@ def test_run_folder_is_complete_and_final_loads_anywhere(start, prompts):
     assert {path.name for path in run.out.iterdir()} >= {
         "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "final", "report.md", "curves.png"}
     config = json.loads((run.out / "config.json").read_text())
-    assert config["seed"] == 0 and config["method"] == "opd" and config["versions"]["torch"] == torch.__version__
+    assert (config["seed"] == 0 and config["method"] == "opd"
+            and config["versions"]["torch"] == torch.__version__)
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [-1, 0, 1, 2] and all("words" in line["eval"] for line in lines)
+    assert ([line["step"] for line in lines] == [-1, 0, 1, 2]
+            and all("words" in line["eval"] for line in lines))
     assert all(line["kept"] == line["rollouts"] == 4 and line["seconds"]["sample"] > 0 for line in lines[1:])
     sample = json.loads((run.out / "samples.jsonl").read_text().splitlines()[0])
     assert sample["selected"] and isinstance(sample["gap"], float) and sample["reward"] in (0, 1)
@@ -47,7 +49,7 @@ def test_logged_loss_is_the_whole_batch_in_any_micro_batches(start):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
 def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
-    """The command of the README on real prompts: byte-level BPE tokenizer, chat template, real grader, two teachers."""
+    """The README's command on real prompts: byte-level BPE, chat template, real grader, two teachers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -69,9 +71,10 @@ def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
     for name, some in (("g", rows[:32]), ("d", rows[32:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     out = tmp_path / "out"
-    opd.main(["--student", f"{tmp_path}/student", "--teachers", f"general={tmp_path}/general", f"domain={tmp_path}/domain",
-              "--prompts", f"general={tmp_path}/g.jsonl", f"domain={tmp_path}/d.jsonl", "--method", "camopd", "--out",
-              str(out), "--steps", "4", "--batch", "4", "--max_new_tokens", "24", "--device", "cpu", "--lr", "1e-3",
+    opd.main(["--student", f"{tmp_path}/student", "--teachers", f"general={tmp_path}/general",
+              f"domain={tmp_path}/domain", "--prompts", f"general={tmp_path}/g.jsonl",
+              f"domain={tmp_path}/d.jsonl", "--method", "camopd", "--out", str(out), "--steps", "4",
+              "--batch", "4", "--max_new_tokens", "24", "--device", "cpu", "--lr", "1e-3",
               "--eval_prompts", f"gsm8k={tmp_path}/g.jsonl", "--chat_template_kwargs", '{"thinking": false}'])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["branch"] for line in lines[1:]] == ["general"] * 3 + ["domain"]
@@ -79,12 +82,13 @@ def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
     assert all("abs_gap" in line and line["loss"] == line["loss"] for line in lines[1:])
     saved = AutoTokenizer.from_pretrained(out / "final")
     assert saved.chat_template == CHATML
-    assert opd.encode_prompt(saved, rows[0]["prompt"], {"thinking": False}) != opd.encode_prompt(saved, rows[0]["prompt"])
+    assert (opd.encode_prompt(saved, rows[0]["prompt"], {"thinking": False})
+            != opd.encode_prompt(saved, rows[0]["prompt"]))
     ids = opd.encode_prompt(saved, rows[0]["prompt"], {"thinking": False})
     assert saved.decode(ids).endswith("<|im_start|>assistant\n<think></think>")
 
 
-# ---- bad input: one line that says what is wrong and what would be right ----------------------------------------------
+# ---- bad input: one line that says what is wrong and what would be right -----------------------------------
 
 def said(words):
     """What the program says before it stops."""
@@ -96,13 +100,16 @@ def said(words):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (dict(loss="kld"), "choose from"), (dict(method="ppo"), "choose from"), (dict(loss="nll"), "can use: rkl"),
-    (dict(method="kd", loss="pg"), "can use: fkl"), (dict(prompts=["none.jsonl"]), "no prompt file none.jsonl"),
-    (dict(teachers=["x=nowhere"]), "needs a teacher for every branch"), (dict(batch=0), "--batch 0 is not positive"),
-    (dict(mass="1.5"), "not within 0 and 1"), (dict(mass="foo=1"), "branches are: main"), (dict(mass="x"), "not a number"),
-    (dict(method="camopd", schedule="3:1"), "positive number for each"), (dict(temperature=0), "must be positive"),
-    (dict(student="nowhere"), "cannot load nowhere"), (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"),
-    (dict(importance=["a", "b"]), "invalid float"), (dict(chat_template_kwargs="{"), "invalid loads")], ids=str)
+    (dict(loss="kld"), "choose from"), (dict(method="ppo"), "choose from"),
+    (dict(loss="nll"), "can use: rkl"), (dict(method="kd", loss="pg"), "can use: fkl"),
+    (dict(prompts=["none.jsonl"]), "no prompt file none.jsonl"),
+    (dict(teachers=["x=nowhere"]), "needs a teacher for every branch"),
+    (dict(batch=0), "--batch 0 is not positive"), (dict(mass="1.5"), "not within 0 and 1"),
+    (dict(mass="foo=1"), "branches are: main"), (dict(mass="x"), "not a number"),
+    (dict(method="camopd", schedule="3:1"), "positive number for each"),
+    (dict(temperature=0), "must be positive"), (dict(student="nowhere"), "cannot load nowhere"),
+    (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"), (dict(importance=["a", "b"]), "invalid float"),
+    (dict(chat_template_kwargs="{"), "invalid loads")], ids=str)
 def test_bad_input_is_refused_in_one_line(argv, tmp_path, flags, expected):
     assert expected in said(argv(**flags))
     assert not (tmp_path / "out1").exists()
@@ -129,9 +136,9 @@ def test_logit_transforms_that_would_be_ignored_are_refused(argv, models, tmp_pa
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
     tok = AutoTokenizer.from_pretrained(models / "a")
     torch.manual_seed(0)
-    net = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                                         final_logit_softcapping=1.0))
+    net = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0))
     with torch.no_grad():
         net.get_output_embeddings().weight.mul_(20)
     net.save_pretrained(tmp_path / "gemma")
@@ -148,7 +155,7 @@ def test_a_finished_folder_is_never_overwritten(start, argv):
     assert before == {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
 
 
-# ---- recipes and the neighbourhood ------------------------------------------------------------------------------------
+# ---- recipes and the neighbourhood -------------------------------------------------------------------------
 
 def test_every_row_of_every_recipe_parses_and_its_names_exist():
     for recipe in recipes.RECIPES.values():
@@ -157,20 +164,25 @@ def test_every_row_of_every_recipe_parses_and_its_names_exist():
         for quick in (False, True):
             for row in recipe.rows:
                 cfg = opd.configure(recipes.arguments(recipe, row, Path("runs/x/seed3"), 3, quick))
-                assert cfg.seed == 3 and "{" not in json.dumps(vars(cfg)).replace('"{', "").replace(": {", "")[1:]
+                assert (cfg.seed == 3
+                        and "{" not in json.dumps(vars(cfg)).replace('"{', "").replace(": {", "")[1:])
 
 
 def test_recipe_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     few = recipes.RECIPES["small"]
     rows = {name: few.rows[name] for name in ("generalist", "specialist", "sft", "camopd")}
-    tiny = recipes.replace(few, rows=rows, quick={"": dict(steps=2, eval_every=1)}, quick_prepare=[
-        "--generalist", "300", "--specialist", "300", "--evaluation", "8"], expected={"quick": {"sft": [(1, 2)] * 3}})
+    tiny = recipes.replace(
+        few, rows=rows, quick={"": dict(steps=2, eval_every=1)},
+        quick_prepare=["--generalist", "300", "--specialist", "300", "--evaluation", "8"],
+        expected={"quick": {"sft": [(1, 2)] * 3}})
     monkeypatch.setitem(recipes.RECIPES, "small", tiny)
     out = tmp_path / "small"
     opd.main(["--recipe", "small", "--quick", "--out", str(out)])
     results = json.loads((out / "results.json").read_text())
-    assert results["rows"].keys() == rows.keys() and all(len(r["domain"]) == 1 for r in results["rows"].values())
-    assert (out / "curves.png").stat().st_size > 10_000 and "expected 1.0 ± 2.0" in (out / "report.md").read_text()
+    assert (results["rows"].keys() == rows.keys()
+            and all(len(r["domain"]) == 1 for r in results["rows"].values()))
+    assert ((out / "curves.png").stat().st_size > 10_000
+            and "expected 1.0 ± 2.0" in (out / "report.md").read_text())
     again = (out / "seed0" / "camopd" / "final" / "config.json").stat().st_mtime_ns
     opd.main(["--recipe", "small", "--quick", "--out", str(out)])
     assert again == (out / "seed0" / "camopd" / "final" / "config.json").stat().st_mtime_ns
@@ -179,18 +191,20 @@ def test_recipe_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_an_installed_distribution_called_kernels_is_not_taken_for_ours(tmp_path):
-    """transformers probes for it by metadata; where it is installed, `from kernels import ..` would find our folder."""
+    """transformers probes for it by metadata; where installed, `from kernels import ..` would find ours."""
     info = tmp_path / "kernels-0.15.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.15.0\n")
     probe = ("from transformers.utils import import_utils as u; import importlib.metadata as m;"
              "print(m.version('kernels'), u.KERNELS_MIN_VERSION, u.KERNELS_MAX_VERSION);")
-    build = ("from transformers import Qwen3Config, Qwen3ForCausalLM; Qwen3ForCausalLM(Qwen3Config(vocab_size=9,"
-             "hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))")
+    build = ("from transformers import Qwen3Config, Qwen3ForCausalLM; "
+             "Qwen3ForCausalLM(Qwen3Config(vocab_size=9,hidden_size=8, intermediate_size=8, "
+             "num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    run = lambda code: subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    run = lambda code: subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path,
+                                      capture_output=True, text=True)
     version, low, high = run(probe).stdout.split()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {low}\n")
-    assert run("import kernels;" + build).returncode != 0        # without the guard it breaks, so this test can fail
+    assert run("import kernels;" + build).returncode != 0    # without the guard it breaks: the test can fail
     ours = run("import opd;" + build)
     assert ours.returncode == 0, ours.stderr[-500:]

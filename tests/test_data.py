@@ -18,13 +18,14 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 @pytest.mark.parametrize("grader, completion, answer, reward", [
     ("exact", " map ", "map", 1), ("exact", "map x", "map", 0),
     ("number", "so she makes $1,234.50 a day", "1234.5", 1), ("number", "first 3, then 18.", "18", 1),
-    ("number", "18 of 20", "18", 0), ("number", "it is \\boxed{42}, not 43", "42", 1), ("number", "none", "3", 0),
-    ("number", "... \n#### -5", "-5", 1), ("number", "10-5", "5", 1), ("number", "x = 7.", "a\n#### 7", 1),
-    ("number", "3.0", "3", 1), ("number", "0.30", ".3", 1),
+    ("number", "18 of 20", "18", 0), ("number", "it is \\boxed{42}, not 43", "42", 1),
+    ("number", "none", "3", 0), ("number", "... \n#### -5", "-5", 1), ("number", "10-5", "5", 1),
+    ("number", "x = 7.", "a\n#### 7", 1), ("number", "3.0", "3", 1), ("number", "0.30", ".3", 1),
     ("letter_tag", "<reasoning>A or B</reasoning><answer>\nB\n</answer>", "B", 1),
     ("letter_tag", "<answer>A</answer> no, <answer>B</answer>", "A", 0), ("letter_tag", "B", "B", 0),
-    ("final_letter", "Final answer: B? No. Final Answer: **C**", "C", 1), ("final_letter", "Final answer: (d)", "D", 1),
-    ("final_letter", "The answer is C", "C", 0), ("final_letter", "Final answer: Both", "B", 0)])
+    ("final_letter", "Final answer: B? No. Final Answer: **C**", "C", 1),
+    ("final_letter", "Final answer: (d)", "D", 1), ("final_letter", "The answer is C", "C", 0),
+    ("final_letter", "Final answer: Both", "B", 0)])
 def test_graders(grader, completion, answer, reward):
     assert grade(grader, completion, answer) == reward
 
@@ -42,7 +43,8 @@ def test_unknown_grader_lists_the_known_ones():
 
 @pytest.mark.parametrize("line, message", [
     ("{", r"rows.jsonl:2: not JSON"), ("[1]", "non-empty"), ('{"prompt": ""}', "non-empty"),
-    ('{"prompt": [{"role": "user"}]}', "messages"), ('{"prompt": "a", "answer": "b", "grader": "judge"}', "there are")])
+    ('{"prompt": [{"role": "user"}]}', "messages"),
+    ('{"prompt": "a", "answer": "b", "grader": "judge"}', "there are")])
 def test_bad_prompt_rows_are_named_by_line(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(ValueError, match=message):
@@ -75,7 +77,8 @@ def test_references_are_closed_by_eos():
 
 def test_small_world_answers_are_right_and_evaluation_prompts_are_never_trained_on(tmp_path):
     small_world.build(tmp_path, seed=0, generalist=3000, specialist=2000, pool=200, evaluation=80)
-    files = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")}
+    files = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+             for path in tmp_path.glob("*.jsonl")}
     closed = {f"what {x}>" for x in small_world.CAPITALS} | {f"next {x}>" for x in small_world.SYMBOLS}
     closed |= {f"what {name}>" for name, _ in small_world.ELEMENTS.values()}
     train = {row["prompt"] for name, rows in files.items() if "eval" not in name for row in rows} - closed
@@ -105,7 +108,8 @@ def test_small_world_tokenizer_round_trips_and_survives_saving(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for row in small_world.rows(random.Random(0), "domain", small_world.DOMAIN, 40):
         text = row["prompt"] + row["answer"]
-        assert loaded.decode(loaded(text).input_ids) == text and loaded.unk_token_id not in loaded(text).input_ids
+        assert (loaded.decode(loaded(text).input_ids) == text
+                and loaded.unk_token_id not in loaded(text).input_ids)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")

@@ -1,4 +1,4 @@
-"""The fused operation against the dense oracle, and the promises that the oracle cannot make: memory, exact zeros."""
+"""The fused operation against the dense oracle, and what the oracle cannot promise: memory, exact zeros."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +43,8 @@ def test_chunked_equals_dense_in_float64(name, options):
     for rows in (1, 7, N, 1000):
         options["chunk_bytes"] = rows * 2 * V * 8
         assert_same(both(c, 3.0, divergence=name, vocab=V, **options),
-                    both(c, 3.0, divergence=name, vocab=V, **options, backend="dense"), rtol=1e-10, atol=1e-11)
+                    both(c, 3.0, divergence=name, vocab=V, **options, backend="dense"),
+                    rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
@@ -56,10 +57,12 @@ def test_float32_is_within_its_rounding(name):
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_bfloat16_keeps_logits_in_float32(name):
-    """Near convergence bf16 logits cost 6-19% of the gradient; ours may lose what its inputs and outputs round."""
+    """Near convergence bf16 logits cost 6-19% of the gradient; ours may lose what input and output round."""
     c = case(torch.bfloat16)
-    c["hidden_t"], c["head_t"] = (c["hidden_s"].detach() + 0.02 * c["hidden_s"].detach().roll(1, 0)), c["head_s"].detach()
-    exact = {k: v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for k, v in c.items()}
+    c["hidden_t"], c["head_t"] = (
+        c["hidden_s"].detach() + 0.02 * c["hidden_s"].detach().roll(1, 0)), c["head_s"].detach()
+    exact = {k: v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v
+             for k, v in c.items()}
     for x in (c, exact):
         x["label_weight"] = None
     ours, oracle = both(c, divergence=name), both(exact, divergence=name)
@@ -70,7 +73,8 @@ def test_bfloat16_keeps_logits_in_float32(name):
 def test_gradcheck_and_backward_twice():
     c = case()
     f = lambda x, w: linear_divergence(x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd",
-                                       labels_N=c["labels"], label_weight_N=c["label_weight"], chunk_bytes=9000)[0]
+                                       labels_N=c["labels"], label_weight_N=c["label_weight"],
+                                       chunk_bytes=9000)[0]
     assert torch.autograd.gradcheck(f, (c["hidden_s"], c["head_s"]))
     loss = f(c["hidden_s"], c["head_s"])
     first = torch.autograd.grad(loss, c["head_s"], retain_graph=True)[0]
@@ -85,7 +89,8 @@ def test_tokens_without_weight_get_exact_zeros():
 
 def test_padded_vocabulary_has_no_probability_and_no_gradient():
     plain, padded = case(), case()
-    padded["head_s"] = torch.cat([plain["head_s"].detach(), torch.full((9, HS), 5.0, dtype=torch.float64)]).requires_grad_()
+    padded["head_s"] = torch.cat([plain["head_s"].detach(),
+                                  torch.full((9, HS), 5.0, dtype=torch.float64)]).requires_grad_()
     padded["head_t"] = torch.cat([plain["head_t"], torch.full((4, HT), 5.0, dtype=torch.float64)])
     ours, without = both(padded, vocab=V), both(plain)
     torch.testing.assert_close(ours[0], without[0])
@@ -128,7 +133,8 @@ def test_no_tensor_of_the_size_of_the_logits():
     n, v = 512, 2000
     x, w = (torch.randn(k, 8, generator=g).requires_grad_() for k in (n, v))
     with Largest() as largest:
-        linear_divergence(x, w, torch.randn(n, 8), torch.randn(v, 8), chunk_bytes=32 * 2 * v * 4)[0].backward()
+        linear_divergence(x, w, torch.randn(n, 8), torch.randn(v, 8),
+                          chunk_bytes=32 * 2 * v * 4)[0].backward()
     assert largest.elements <= 32 * v < n * v
     with Largest() as largest:
         linear_divergence(x, w, torch.randn(n, 8), torch.randn(v, 8), backend="dense")[0].backward()

@@ -8,7 +8,8 @@ from conftest import WORD_ROWS, gradients, parameters
 
 import opd
 from losses import Objective
-from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, positive_gap, routed, scheduled, top_gap_mass)
+from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, positive_gap, routed, scheduled,
+                     top_gap_mass)
 
 
 def rollouts(run, seed=0, count=6):
@@ -19,7 +20,8 @@ def rollouts(run, seed=0, count=6):
         ids_T = torch.randint(3, run.student.vocab, (1 + i,), generator=g)
         if i % 2:
             ids_T = torch.cat([ids_T, torch.tensor(run.student.stops)])
-        out.append(Rollout({"prompt": WORD_ROWS[i % 5]["prompt"], "branch": "main"}, ids_T, -torch.ones(len(ids_T))))
+        out.append(Rollout({"prompt": WORD_ROWS[i % 5]["prompt"], "branch": "main"}, ids_T,
+                           -torch.ones(len(ids_T))))
     return out
 
 
@@ -40,7 +42,7 @@ def accumulate(run, jobs):
 
 
 def by_hand(run, job, selection, divergence):
-    """The loss of a Job in plain autograd, one rollout at a time, from whole logits: mean over rollouts of token means."""
+    """A Job's loss by autograd, one rollout at a time, on whole logits: mean over rollouts of token means."""
     total = 0.0
     for r, keep in zip(job.rollouts, selection):
         prompt = run.student.tok(r.prompt["prompt"]).input_ids
@@ -54,14 +56,15 @@ def by_hand(run, job, selection, divergence):
 
 
 def pg(lp, lq, r):
-    """CaMOPD eq. 2: -w A log p(y), A = sg[log q(y) - log p(y)], w = sg[p / p_sampler] inside [0.1, 10], else 0."""
+    """CaMOPD eq. 2: -w A log p(y), A = sg[log q(y) - log p(y)], w = sg[p / p_sampler] in [0.1, 10] or 0."""
     lp, lq = (x.gather(1, r.ids_T[:, None])[:, 0] for x in (lp, lq))
     w = (lp - r.logp_T).exp().detach()
     return -torch.where((w >= 0.1) & (w <= 10), w, 0.0) * (lq - lp).detach() * lp
 
 
 DEFINITIONS = {
-    "rkl": lambda lp, lq, r: (lp.exp() * (lp - lq)).sum(-1), "fkl": lambda lp, lq, r: (lq.exp() * (lq - lp)).sum(-1),
+    "rkl": lambda lp, lq, r: (lp.exp() * (lp - lq)).sum(-1),
+    "fkl": lambda lp, lq, r: (lq.exp() * (lq - lp)).sum(-1),
     "pg": pg, "nll": lambda lp, lq, r: -lp.gather(1, r.ids_T[:, None])[:, 0]}
 
 
@@ -70,7 +73,8 @@ DEFINITIONS = {
 def test_gradient_of_any_micro_batches_is_float64_autograd_on_the_whole(start, loss, micro_tokens):
     """Off by one, EOS or first token masked, a loss averaged per micro-batch: each would show here."""
     run = double(start(micro_tokens=micro_tokens))
-    objective = Objective(label=loss, importance=(0.1, 10)) if loss in ("pg", "nll") else Objective(divergence=loss)
+    objective = (Objective(label=loss, importance=(0.1, 10)) if loss in ("pg", "nll")
+                 else Objective(divergence=loss))
     selection = [1.0, 0.0, 2.0, 1.0, 0.0, 1.0]
     job = Job(run.student, run.teacher, rollouts(run), objective, lambda job: selection)
     value = accumulate(run, [job])
@@ -88,14 +92,16 @@ def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
     assert r.ids_T[-1] in run.student.stops and run.student.tok.eos_token_id in run.student.stops
     for t in range(len(r.ids_T)):
         one_token = [torch.zeros(len(r.ids_T)).index_fill(0, torch.tensor([t]), 1.0)]
-        accumulate(run, [Job(run.student, run.teacher, [r], Objective(divergence="rkl"), lambda job: one_token)])
+        accumulate(run, [Job(run.student, run.teacher, [r], Objective(divergence="rkl"),
+                             lambda job: one_token)])
         assert gradients(run.student).abs().max() > 1e-6, f"token {t} of {len(r.ids_T)} has no loss"
 
 
 def test_selection_sees_the_whole_batch_and_normalisation_only_what_is_kept(start):
-    """Dropping a rollout must change the others' weight from 1/n to 1/(n - 1), with whatever micro-batch it sat in."""
+    """Dropping a rollout must change the others' weight from 1/n to 1/(n - 1), whatever its micro-batch."""
     run = start()
-    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"), lambda job: [1.0] * 5 + [0.0])
+    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"),
+              lambda job: [1.0] * 5 + [0.0])
     other = Job(run.student, run.teacher, rollouts(run, 1, count=3), Objective(divergence="rkl"))
     weights = opd.weigh([job, other])
     assert sum(w_T.sum() for ws in weights for w_T in ws) == pytest.approx(1.0)
@@ -147,14 +153,16 @@ def test_camopd_with_everything_off_is_plain_alternation(start, models, prompts,
 
 
 def test_camopd_mixed_without_selection_is_mopd(start, models, prompts):
-    mixed = start(**two_branches(models, prompts, method="camopd", schedule="mixed", mass=1, scale=1, mixture="3:1"))
+    mixed = start(**two_branches(models, prompts, method="camopd", schedule="mixed", mass=1, scale=1,
+                                 mixture="3:1"))
     mopd = start(**two_branches(models, prompts, method="mopd", mixture="3:1"))
     assert torch.equal(trained(mixed), trained(mopd))
 
 
 def test_camopd_switches_change_what_they_name(start, models, prompts):
-    runs = {name: start(**two_branches(models, prompts, method="camopd", optimizer="sgd", **flags)) for name, flags in {
-        "default": {}, "mass": {"mass": 0.3}, "scale": {"scale": "general=1"}, "schedule": {"schedule": "1:2"}}.items()}
+    runs = {name: start(**two_branches(models, prompts, method="camopd", optimizer="sgd", **flags))
+            for name, flags in {"default": {}, "mass": {"mass": 0.3}, "scale": {"scale": "general=1"},
+                                "schedule": {"schedule": "1:2"}}.items()}
     ends = {name: trained(run) for name, run in runs.items()}
     assert all(not torch.equal(ends["default"], end) for name, end in ends.items() if name != "default")
     lines = {name: [json.loads(x) for x in (run.out / "metrics.jsonl").read_text().splitlines()][1:]
@@ -173,8 +181,10 @@ def test_gap_selection_is_equation_6_to_9():
     assert top_gap_mass(torch.zeros(3), 0.5).all()
     gap_T = torch.tensor([-3.0, 1.0, 0.5])
     assert absolute_gap(gap_T) == pytest.approx(1.5) and positive_gap(gap_T) == pytest.approx(0.5)
-    job = Job(None, None, [Rollout({}, torch.arange(2), gap_T=torch.tensor([g, g])) for g in (1.0, -4.0, 0.1)], None)
-    assert gap_mass(absolute_gap, 0.8, 2.0)(job) == [2 * 0, 2 * 1, 0] or gap_mass(absolute_gap, 0.78, 2.0)(job) == [0, 2, 0]
+    job = Job(None, None, [Rollout({}, torch.arange(2), gap_T=torch.tensor([g, g]))
+                           for g in (1.0, -4.0, 0.1)], None)
+    assert (gap_mass(absolute_gap, 0.8, 2.0)(job) == [2 * 0, 2 * 1, 0]
+            or gap_mass(absolute_gap, 0.78, 2.0)(job) == [0, 2, 0])
     assert gap_mass(positive_gap, 0.8, 1.0)(job) == [1, 0, 0]
     assert [scheduled("3:1", ["g", "d"], t) for t in range(8)] == list("gggdgggd")
     assert scheduled("mixed", ["g", "d"], 0) is None
@@ -191,7 +201,8 @@ def test_teachers_never_change(start, models, prompts):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_numbers(start, method):
-    flags = dict(method=method, lr=1e-3) | {"sft": {"teachers": []}, "camopd": {"schedule": "1"}}.get(method, {})
+    flags = (dict(method=method, lr=1e-3)
+             | {"sft": {"teachers": []}, "camopd": {"schedule": "1"}}.get(method, {}))
     first, again, other = start(**flags), start(**flags), start(**flags, seed=1)
     assert torch.equal(trained(first), trained(again))
     if method in ("opd", "mopd", "camopd"):
@@ -226,7 +237,8 @@ def test_random_student_reaches_its_teacher(tmp_path, prompts):
     from transformers import PreTrainedTokenizerFast
 
     from data import small_world
-    core = Tokenizer(tokens.WordLevel({"<eos>": 0, **{chr(65 + i): i + 1 for i in range(49)}}, unk_token="<eos>"))
+    core = Tokenizer(tokens.WordLevel({"<eos>": 0, **{chr(65 + i): i + 1 for i in range(49)}},
+                                      unk_token="<eos>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     for name, seed in (("student", 0), ("teacher", 1)):
@@ -236,17 +248,20 @@ def test_random_student_reaches_its_teacher(tmp_path, prompts):
             net.get_output_embeddings().weight.mul_(10)
         net.save_pretrained(tmp_path / name)
         tok.save_pretrained(tmp_path / name)
-    opd.main(["--student", str(tmp_path / "student"), "--teachers", str(tmp_path / "teacher"), "--out", str(tmp_path / "o"),
-              "--prompts", str(prompts("p", [{"prompt": c} for c in "ABCDEFGH"])), "--steps", "150", "--lr", "1e-2",
-              "--batch", "32", "--max_new_tokens", "6", "--lr_schedule", "linear", "--device", "cpu"])
-    kl = [s["value"] for s in map(json.loads, (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()) if "loss" in s]
+    opd.main(["--student", str(tmp_path / "student"), "--teachers", str(tmp_path / "teacher"),
+              "--out", str(tmp_path / "o"),
+              "--prompts", str(prompts("p", [{"prompt": c} for c in "ABCDEFGH"])), "--steps", "150",
+              "--lr", "1e-2", "--batch", "32", "--max_new_tokens", "6", "--lr_schedule", "linear",
+              "--device", "cpu"])
+    kl = [s["value"] for s in map(json.loads, (tmp_path / "o" / "metrics.jsonl").read_text().splitlines())
+          if "loss" in s]
     assert sum(kl[-5:]) / 5 < kl[0] / 10, (kl[0], kl[-5:])
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 def test_sampling_ignores_the_checkpoints_own_decoding_defaults(start, models, tmp_path):
-    """A generation_config.json with top_k 1 would make every rollout greedy, and the loss off-policy without a word."""
+    """A generation_config.json with top_k 1 would make every rollout greedy, silently off-policy."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     net = AutoModelForCausalLM.from_pretrained(models / "a")
     net.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
@@ -259,7 +274,7 @@ def test_sampling_ignores_the_checkpoints_own_decoding_defaults(start, models, t
         torch.manual_seed(0)
         drawn.append([r.ids_T.tolist() for r in run.sample(run.student, prompts)])
     assert drawn[0] == drawn[1] and len(set(map(tuple, drawn[0]))) > 1
-    opd.train(ours)                                              # and the saved model still has its own defaults
+    opd.train(ours)                                 # and the saved model still has its own defaults
     assert json.loads((ours.out / "final" / "generation_config.json").read_text())["top_k"] == 1
 
 
@@ -291,19 +306,20 @@ def test_completions_end_at_their_first_stop_token_and_left_padding_is_harmless(
 
 def test_padding_rows_of_the_head_are_never_sampled(start):
     run = start()
-    run.student.vocab -= 40                                      # as if the head had 40 rows more than the tokenizer
+    run.student.vocab -= 40                         # as if the head had 40 rows more than the tokenizer
     for r in run.sample(run.student, [{"prompt": "last q>", "branch": "main"}] * 32):
         assert r.ids_T.max() < run.student.vocab
 
 
 def test_rewards_belong_to_their_prompts(start, monkeypatch):
-    """Several rollouts per prompt: a completion that repeats its prompt's answer must be right, whatever the order."""
+    """Several rollouts per prompt: a completion with its prompt's answer must be right, in any order."""
     run = start(rollouts=3)
     rows = [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS]
     answers = {tuple(run.student.tok(r["prompt"]).input_ids): r["answer"] for r in rows[:-1]}
 
     def oracle(model, prompts, cfg, temperature):
-        return [(torch.tensor(model.tok(answers.get(tuple(p), "wrong")).input_ids + model.stops), None) for p in prompts]
+        return [(torch.tensor(model.tok(answers.get(tuple(p), "wrong")).input_ids + model.stops), None)
+                for p in prompts]
     monkeypatch.setattr(opd, "generate", oracle)
     rewards = [(r.prompt["answer"], r.reward) for r in run.sample(run.student, rows)]
     assert rewards == [(row["answer"], float(row is not rows[-1])) for row in rows for _ in range(3)]

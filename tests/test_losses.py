@@ -22,8 +22,10 @@ def test_values_are_the_papers_definitions():
     torch.testing.assert_close(divergence(z, w, "fkl"), kl(q, p))
     torch.testing.assert_close(divergence(z, w, "rkl"), kl(p, q))
     torch.testing.assert_close(divergence(z, w, "jsd", knob=b), b * kl(q, m) + (1 - b) * kl(p, m))
-    torch.testing.assert_close(divergence(z, w, "rkl", temperature=2.0), kl((z / 2).softmax(-1), (w / 2).softmax(-1)))
-    torch.testing.assert_close(divergence(z, w, "fkl", target=(0.6, 0.4)), kl((0.6 * w + 0.4 * z).softmax(-1), p))
+    torch.testing.assert_close(divergence(z, w, "rkl", temperature=2.0),
+                               kl((z / 2).softmax(-1), (w / 2).softmax(-1)))
+    torch.testing.assert_close(divergence(z, w, "fkl", target=(0.6, 0.4)),
+                               kl((0.6 * w + 0.4 * z).softmax(-1), p))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +40,8 @@ def test_slope_is_the_derivative_of_the_value(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_reference_passes_gradcheck(name):
     w = logits(3, 6, seed=1)
-    assert torch.autograd.gradcheck(lambda z: divergence(z, w, name, temperature=1.3), logits(3, 6).requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: divergence(z, w, name, temperature=1.3),
+                                    logits(3, 6).requires_grad_())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,8 +63,10 @@ def test_extreme_logits_stay_finite(name):
 
 def test_jsd_tends_to_the_kl_divergences_and_refuses_the_ends():
     z, w = logits(5, 11), logits(5, 11, seed=1)
-    torch.testing.assert_close(divergence(z, w, "jsd", knob=1e-6) / 1e-6, divergence(z, w, "fkl"), rtol=1e-3, atol=0)
-    torch.testing.assert_close(divergence(z, w, "jsd", knob=1 - 1e-6) / 1e-6, divergence(z, w, "rkl"), rtol=1e-3, atol=0)
+    torch.testing.assert_close(divergence(z, w, "jsd", knob=1e-6) / 1e-6, divergence(z, w, "fkl"),
+                               rtol=1e-3, atol=0)
+    torch.testing.assert_close(divergence(z, w, "jsd", knob=1 - 1e-6) / 1e-6, divergence(z, w, "rkl"),
+                               rtol=1e-3, atol=0)
     for end in (0.0, 1.0):
         with pytest.raises(ValueError, match="0 < beta < 1"):
             divergence(z, w, "jsd", knob=end)
@@ -75,7 +80,7 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_policy_gradient_is_the_reverse_kl_gradient_in_expectation():
-    """By enumeration over y: sum_y p(y) grad(-w A log p(y)) = grad KL(p || q), with A = log q(y) - log p(y), w = 1."""
+    """Enumerating y: sum_y p(y) grad(-w A log p(y)) = grad KL(p || q), A = log q(y) - log p(y), w = 1."""
     z, w = logits(8).requires_grad_(), logits(8, seed=1)
     lp, lq = torch.log_softmax(z, -1), torch.log_softmax(w, -1)
     factor = policy_gradient_weight((lq - lp).detach(), lp.detach(), lp.detach(), (0.5, 2.0))
@@ -84,7 +89,7 @@ def test_policy_gradient_is_the_reverse_kl_gradient_in_expectation():
     rkl, = torch.autograd.grad(divergence(z[None], w[None], "rkl").sum(), z)
     torch.testing.assert_close(pg, rkl)
     k1, = torch.autograd.grad((torch.log_softmax(z, -1).exp().detach() * torch.log_softmax(z, -1)).sum(), z)
-    assert k1.abs().max() < 1e-12                                # the log-ratio itself as a loss teaches nothing
+    assert k1.abs().max() < 1e-12                    # the log-ratio itself as a loss teaches nothing
 
 
 def test_importance_weight_corrects_another_sampler_and_drops_outliers():
