@@ -36,7 +36,7 @@ from data.chat import encode_completion, encode_prompt, load_prompts, prompt_tex
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, lookup, policy_gradient_weight
-from methods import METHODS, Rollout
+from methods import METHODS, Rollout, by_branch
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
 
@@ -346,11 +346,11 @@ def update(run, jobs, weights):
                 group["lr"] = learning_rate(cfg, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    branches = [job.rollouts[0].prompt["branch"] for job in jobs]
-    whole = describe([r for job in jobs for r in job.rollouts], [w_T for ws in weights for w_T in ws],
-                     stats, jobs)
-    parts = {b: describe(job.rollouts, w, [s], jobs) for b, job, w, s in zip(branches, jobs, weights, stats)}
-    return {"step": step, "branch": "+".join(dict.fromkeys(branches)), "loss": sum(losses), "grad_norm": norm,
+    rollouts = [r for job in jobs for r in job.rollouts]
+    whole = describe(rollouts, [w_T for ws in weights for w_T in ws], stats, jobs)
+    parts = {job.rollouts[0].prompt["branch"]: describe(job.rollouts, ws, [s], jobs)
+             for job, ws, s in zip(jobs, weights, stats)}
+    return {"step": step, "branch": "+".join(by_branch(rollouts)), "loss": sum(losses), "grad_norm": norm,
             "lr": learning_rate(cfg, step), **whole, **({"branches": parts} if len(jobs) > 1 else {})}
 
 

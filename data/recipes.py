@@ -35,12 +35,13 @@ SMALL_BRANCHES = ["general={dir}/world/general.jsonl", "domain={dir}/world/domai
 SMALL_TEACHERS = ["general={dir}/generalist/final", "domain={dir}/specialist/final"]
 SMALL_ARM = dict(student="{dir}/specialist/final", prompts=SMALL_BRANCHES, steps=160, batch=64, lr=1e-4,
                  warmup=10, lr_schedule="cosine", eval_every=40, save_every=80)
+SMALL_REFERENCES = [path.replace(".jsonl", "_references.jsonl") for path in SMALL_BRANCHES]
 TAUGHT = SMALL_ARM | dict(teachers=SMALL_TEACHERS)
 
 RECIPES = {
     "small": Recipe(
-        about="The small world: a generalist forgets while it specialises; "
-              "recover the general skills, keep the domain. "
+        about="The small world: a generalist forgets while it specialises; recover the general skills, keep the "
+              "domain. References are few (sft, kd, gkd learn from them), prompts are four times as many. "
               "covered = general skills with proxy prompts, uncovered = general skills without any; mopd and "
               "camopd with the full-vocabulary reverse KL, -pg with the papers' sampled-token policy gradient.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
@@ -54,10 +55,10 @@ RECIPES = {
             "specialist": dict(student="{dir}/generalist/final", prompts=["{dir}/world/specialist.jsonl"],
                                method="sft", optimizer="muon", lr=1e-3, lr_schedule="cosine", warmup=20,
                                steps=250, batch=128, save_every=0),
-            "sft": SMALL_ARM | dict(method="sft"),
+            "sft": SMALL_ARM | dict(method="sft", prompts=SMALL_REFERENCES),
+            "kd": TAUGHT | dict(method="kd", prompts=SMALL_REFERENCES),
+            "gkd": TAUGHT | dict(method="gkd", prompts=SMALL_REFERENCES),
             "seqkd": TAUGHT | dict(method="seqkd"),
-            "kd": TAUGHT | dict(method="kd"),
-            "gkd": TAUGHT | dict(method="gkd"),
             "opd": SMALL_ARM | dict(method="opd", prompts=SMALL_BRANCHES[:1],
                                     teachers=["{dir}/generalist/final"]),
             "mopd": TAUGHT | dict(method="mopd", loss="rkl"),

@@ -14,8 +14,10 @@ prompt files:
 
     generalist.jsonl   unlimited: all general skills and some of the domain, for training the general teacher
     specialist.jsonl   unlimited: the domain only, for training the domain teacher (which forgets the rest)
-    general.jsonl      the proxy prompts of distillation: few, fixed, and only for the skills in COVERED
-    domain.jsonl       the domain prompts of distillation: few and fixed
+    general.jsonl      the proxy prompts of distillation: fixed, no solutions, only for the skills in COVERED
+    domain.jsonl       the domain prompts of distillation, half as many
+    general_references.jsonl, domain_references.jsonl
+                       the few of these prompts that have a solution: prompts are cheap, references are not
     eval_covered.jsonl, eval_uncovered.jsonl, eval_domain.jsonl
 
 Held out by a hash of the prompt: no evaluation prompt is in a training file, except in the closed fact sets
@@ -165,22 +167,27 @@ def model(vocab_size, seed, hidden=128, layers=3):
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 
 
-def build(out, seed, generalist, specialist, pool, evaluation):
+def build(out, seed, generalist, specialist, prompts, references, evaluation):
     """Write the untrained model and every prompt file to `out`. The counts are rows per file."""
-    rng, out = random.Random(seed), Path(out)
-    everything = COVERED + UNCOVERED
-    few = max(generalist // 16, len(DOMAIN))                     # 6% of the generalist's data
-    mixed = (rows(rng, "general", everything + ("add", "sum"), generalist - few)
-             + rows(rng, "domain", DOMAIN, few))
-    rng.shuffle(mixed)
-    files = {
-        "generalist": mixed,
-        "specialist": rows(rng, "domain", DOMAIN, specialist),
-        "general": rows(rng, "general", COVERED, pool),
-        "domain": rows(rng, "domain", DOMAIN, pool // 2),
-        "eval_covered": rows(rng, "general", COVERED, evaluation, evaluation=True),
-        "eval_uncovered": rows(rng, "general", UNCOVERED, evaluation, evaluation=True),
-        "eval_domain": rows(rng, "domain", DOMAIN, evaluation, evaluation=True)}
+    out, everything = Path(out), COVERED + UNCOVERED + ("add", "sum")       # the hardest two come twice
+    few = max(generalist // 16, len(DOMAIN))                                # 6% of the generalist's data
+    draws = {  # file -> (branch, skills, rows)
+        "generalist": [("general", everything, generalist - few), ("domain", DOMAIN, few)],
+        "specialist": [("domain", DOMAIN, specialist)],
+        "general": [("general", COVERED, prompts)],
+        "domain": [("domain", DOMAIN, prompts // 2)],
+        "eval_covered": [("general", COVERED, evaluation)],
+        "eval_uncovered": [("general", UNCOVERED, evaluation)],
+        "eval_domain": [("domain", DOMAIN, evaluation)]}
+    files = {}
+    for name, parts in draws.items():
+        rng = random.Random(f"{seed} {name}")
+        files[name] = [row for part in parts for row in rows(rng, *part, evaluation=name.startswith("eval"))]
+        if len(parts) > 1:
+            rng.shuffle(files[name])
+    for branch, count in (("general", references), ("domain", references // 2)):
+        files[f"{branch}_references"] = files[branch][:count]
+        files[branch] = [{key: row[key] for key in row if key != "solution"} for row in files[branch]]
     tok = tokenizer()
     model(len(tok), seed).save_pretrained(out / "init")
     tok.save_pretrained(out / "init")
@@ -195,7 +202,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generalist", type=int, default=90_000, help="rows for the general teacher")
     parser.add_argument("--specialist", type=int, default=40_000, help="rows for the domain teacher")
-    parser.add_argument("--pool", type=int, default=128,
+    parser.add_argument("--prompts", type=int, default=512,
                         help="general proxy prompts; half as many for the domain")
+    parser.add_argument("--references", type=int, default=128,
+                        help="general proxy prompts with a solution; half as many for the domain")
     parser.add_argument("--evaluation", type=int, default=480, help="rows per evaluation file")
     build(**vars(parser.parse_args()))

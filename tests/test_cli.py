@@ -1,6 +1,8 @@
 """The program as its users meet it: folders in, folders out, and one clear line for whatever cannot work."""
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 import torch
 from test_data import CHATML, SHARED
 
+import losses
+import methods
 import opd
 from data import convert, recipes
 
@@ -208,3 +212,25 @@ def test_an_installed_distribution_called_kernels_is_not_taken_for_ours(tmp_path
     assert run("import kernels;" + build).returncode != 0    # without the guard it breaks: the test can fail
     ours = run("import opd;" + build)
     assert ours.returncode == 0, ours.stderr[-500:]
+
+
+def test_readme_quotes_the_loop_and_its_examples_run(start, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    for function in (methods.opd, opd.train):
+        assert inspect.getsource(function) in readme, f"README does not quote {function.__name__} as it stands"
+    added = ["\n".join(line[1:] for line in block.splitlines() if line[0] == "+")
+             for block in re.findall(r"```diff\n(.*?)```", readme, re.S)]
+    method, table_row = added[0].rsplit("\n", 1)
+    monkeypatch.setattr(methods, "unsure", None, raising=False)
+    monkeypatch.setattr(losses, "jeffreys", None, raising=False)
+    exec(method, vars(methods))
+    monkeypatch.setitem(methods.METHODS, "unsure", eval(f"{{{table_row}}}", vars(methods))["unsure"])
+    run = start(method="unsure", steps=1, batch=8)
+    opd.train(run)
+    step = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()][-1]
+    assert step["kept"] == 2 and step["rollouts"] == 8
+    monkeypatch.setattr(losses, "DIVERGENCES", dict(losses.DIVERGENCES))
+    exec(added[1], vars(losses))
+    z, w = torch.randn(2, 3, 9, dtype=torch.float64)
+    both = losses.divergence(z, w, "fkl") + losses.divergence(z, w, "rkl")
+    torch.testing.assert_close(losses.divergence(z, w, "jeffreys"), both)

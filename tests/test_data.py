@@ -76,7 +76,8 @@ def test_references_are_closed_by_eos():
 
 
 def test_small_world_answers_are_right_and_evaluation_prompts_are_never_trained_on(tmp_path):
-    small_world.build(tmp_path, seed=0, generalist=3000, specialist=2000, pool=200, evaluation=80)
+    small_world.build(tmp_path, seed=0, generalist=3000, specialist=2000, prompts=200, references=50,
+                      evaluation=80)
     files = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
              for path in tmp_path.glob("*.jsonl")}
     closed = {f"what {x}>" for x in small_world.CAPITALS} | {f"next {x}>" for x in small_world.SYMBOLS}
