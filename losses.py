@@ -76,7 +76,7 @@ def lookup(name, knob=None):
     return formula, knob
 
 
-def log_probs(logits_NV):
+def floored_log_softmax(logits_NV):
     return torch.log_softmax(logits_NV, -1).clamp(min=FLOOR)
 
 
@@ -88,9 +88,9 @@ def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0
     Returns value_N in nats. Materialises several [N, V] tensors: use kernels.linear_divergence to train.
     """
     formula, knob = lookup(name, knob)
-    lp = log_probs(z_NV / temperature)
+    lp = floored_log_softmax(z_NV / temperature)
     with torch.no_grad():
-        lq = log_probs(mix(z_NV, w_NV, target) / temperature)
+        lq = floored_log_softmax(mix(z_NV, w_NV, target) / temperature)
     return formula(lp, lq, lp.exp(), lq.exp(), knob)[0].sum(-1)
 
 

@@ -128,8 +128,9 @@ def camopd(run):
         L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                             (eq. 9)
 
     The first branch is the one to recover (general), the others are preserved (domain). Each part has its
-    switch: --schedule mixed takes all branches in every step as mopd does, --mass 1 keeps every rollout,
-    --scale 1 scales none.
+    switch: --schedule mixed takes all branches in every step as mopd does (S is then pooled: every kept
+    rollout of either branch weighs the same; the paper does not define this case), --mass 1 keeps every
+    rollout, --scale 1 scales none.
     """
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw(scheduled(run.cfg.schedule, run.branches, step)))

@@ -26,7 +26,7 @@ def load_prompts(source, branch):
     if source in convert.SETS:
         lines = [json.dumps(row) for row in convert.rows(source)]
     elif Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        lines = Path(source).read_text(encoding="utf-8").split("\n")      # U+2028 does not end a line
     else:
         raise ValueError(f"no prompt file {source} (public sets that are known: {', '.join(convert.SETS)})")
     prompts = []
@@ -46,6 +46,9 @@ def load_prompts(source, branch):
         if "answer" in row and row.setdefault("grader", "exact") not in GRADERS:
             raise ValueError(f"{source}:{number}: unknown grader {row['grader']!r}; "
                              f"there are: {', '.join(GRADERS)}")
+        if row.get("branch", branch) != branch:
+            raise ValueError(f"{source}:{number}: this row is of branch {row['branch']!r}, but the file was "
+                             f"given as branch {branch!r}; split the file")
         prompts.append({**row, "branch": branch, "row": number})
     if not prompts:
         raise ValueError(f"{source} has no prompts")

@@ -37,7 +37,7 @@ SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": S
 def rows(name, file=None):
     """The prompt rows of a set, from the hub or from a JSON-lines file in the set's own format."""
     if file:
-        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()
+        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n")
                if line.strip()]
     else:
         try:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import report
@@ -40,10 +40,10 @@ TAUGHT = SMALL_ARM | dict(teachers=SMALL_TEACHERS)
 
 RECIPES = {
     "small": Recipe(
-        about="The small world: a generalist forgets while it specialises; recover the general skills, keep the "
-              "domain. References are few (sft, kd, gkd learn from them), prompts are four times as many. "
-              "covered = general skills with proxy prompts, uncovered = general skills without any; mopd and "
-              "camopd with the full-vocabulary reverse KL, -pg with the papers' sampled-token policy gradient.",
+        about="The small world: a generalist forgets while it specialises; recover the general skills, keep "
+              "the domain. References are few (sft, kd, gkd learn from them), prompts four times as many. "
+              "covered = general skills with proxy prompts, uncovered = general skills without any; mopd, camopd "
+              "with the full-vocabulary reverse KL, -pg with the papers' sampled-token policy gradient.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
         common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512,
                     eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl"
@@ -82,10 +82,13 @@ def run(name, out, seeds, quick, jobs=1):
     out = Path(os.path.relpath(out or ROOT / "runs" / (f"{name}-quick" if quick else name), ROOT))
     os.chdir(ROOT)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for done in [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, quick, threads)
                      for seed in range(seeds)]:
             done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)          # a row that failed, or Ctrl-C, ends the recipe
     report.write_recipe(name, recipe, out, seeds, form)
 
 

@@ -5,9 +5,18 @@ import sys
 from pathlib import Path
 
 
+def read_lines(path):
+    """The objects of a JSON-lines file that a run appends to, less a last line that a kill cut short."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in lines[:-1]]
+
+
 def read_metrics(out):
     """(steps, evals) of a run folder: the lines with losses, and [(updates done, {set: accuracy})]."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(Path(out) / "metrics.jsonl")
     return [m for m in lines if "loss" in m], [(m["step"] + 1, m["eval"]) for m in lines if m.get("eval")]
 
 
@@ -42,16 +51,14 @@ def write_run(out):
         lines += ["", f"Accuracy in %, {config['eval_rollouts']} completion(s) per prompt at temperature "
                   f"{config['eval_temperature']:g}.", ""]
     lines += ["![curves](curves.png)", "", "## Last samples", ""]
-    samples = ((out / "samples.jsonl").read_text().splitlines()[-4:]
-               if (out / "samples.jsonl").exists() else [])
-    for sample in map(json.loads, samples):
+    for sample in read_lines(out / "samples.jsonl")[-4:] if (out / "samples.jsonl").exists() else []:
         gap = "" if sample["gap"] is None else f" (mean gap {sample['gap']:+.2f})"
         lines += [f"- step {sample['step'] + 1}, {sample['branch']}{gap}: `{sample['prompt'][-200:]}` -> "
                   f"`{sample['completion'][:300]}`"]
     settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
               json.dumps(config["versions"])]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
 
@@ -130,7 +137,8 @@ def write_recipe(name, recipe, out, seeds, form):
     (out / "results.json").write_text(json.dumps({
         "recipe": name, "form": form, "seeds": seeds, "rows": record, "device": config["device_name"],
         "versions": config["versions"]}, indent=1))
-    (out / "report.md").write_text(f"# Recipe {name}\n\n{about}\n\n{text}\n\n![curves](curves.png)\n")
+    (out / "report.md").write_text(f"# Recipe {name}\n\n{about}\n\n{text}\n\n![curves](curves.png)\n",
+                                   encoding="utf-8")
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths))
                     for line in table if line[0] != "---"))

@@ -26,7 +26,8 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     """Weighted sum of per-token divergences between two language models' heads, with an optional label term.
 
     hidden_s_NH [N, Hs], head_s_VH [V, Hs]   the student; the loss is differentiable with respect to these two
-    hidden_t_NH [N, Ht], head_t_VH [V', Ht]  the teacher, constant; Hs != Ht and V != V' are normal
+    hidden_t_NH [N, Ht], head_t_VH [V', Ht]  the teacher, constant; Hs != Ht and V != V' are normal. A head of
+                                             another dtype is cast to its hidden states' (fp32 head, bf16 run)
     weight_N [N]                             weight of each token's divergence; None = ones; may be negative
     divergence, knob, target                 a name in losses.DIVERGENCES, its knob, the target (losses.py)
     temperature                              divides both models' logits
@@ -34,7 +35,7 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); None = no such term
     vocab                                    number of shared ids; later columns are -inf and get no gradient
     softcap_s, softcap_t                     logits become c * tanh(logits / c) (Gemma 2)
-    chunk_bytes                              memory for all logit buffers together; None = chunked.CHUNK_BYTES
+    chunk_bytes                              memory of the two logit buffers; None = chunked.CHUNK_BYTES
     backend                                  None = "torch"; or "dense"
 
     Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N]

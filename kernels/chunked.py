@@ -10,8 +10,8 @@ import torch
 
 from losses import FLOOR, lookup, mix
 
-CHUNK_BYTES = 256 << 20     # both logit buffers together
-BLOCK = 400_000             # logits per block of rows on a CPU: with the row's temporaries they stay in the cache
+CHUNK_BYTES = 256 << 20     # both logit buffers together; a CUDA row block adds about three times as much
+BLOCK = 400_000             # logits per block of rows on a CPU: with their temporaries they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def used_rows(weight, label_weight):
 def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
     """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype."""
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
-    V, N, device = spec.vocab, len(hidden_s), hidden_s.device
-    hidden_s, head_s = hidden_s.detach(), head_s.detach()
-    teacher = None if head_t is None else (hidden_t.detach(), head_t.detach())
+    V, N, device, grad_dtype = spec.vocab, len(hidden_s), hidden_s.device, head_s.dtype
+    hidden_s, head_s = hidden_s.detach(), head_s.detach().to(hidden_s.dtype)
+    teacher = None if head_t is None else (hidden_t.detach(), head_t.detach().to(hidden_t.dtype))
     used = used_rows(weight, label_weight)
     if len(used) < N:
         hidden_s, weight, labels, label_weight = (
@@ -79,7 +79,8 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
                 z[rows], None if w is None else w[rows],
                 *(x if x is None else x[here] for x in (weight, labels, label_weight)),
                 {name: x[here] for name, x in stats.items()}, spec, need_dX or need_dW)
-        dz = z.to(hidden_s.dtype)                               # z holds dZ by now
+        if need_dX or need_dW:
+            dz = z.to(hidden_s.dtype)                           # z holds dZ by now
         if need_dX:
             dX[at] = dz @ head_s[:V]
         if need_dW:
@@ -88,16 +89,16 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
         scatter = lambda x: x.new_zeros(N, *x.shape[1:]).index_copy_(0, used, x)
         stats = {name: scatter(x) for name, x in stats.items()}
         dX = scatter(dX) if need_dX else None
-    dW = dW.to(head_s.dtype) if need_dW else None
+    dW = dW.to(grad_dtype) if need_dW else None
     return loss, {name: x.float() for name, x in stats.items()}, dX, dW
 
 
 def product(hidden, head, out):
     """logits = hidden @ head.T in out's dtype: bf16 logits cost 6-19% of the gradient near convergence."""
     if hidden.dtype == out.dtype:
-        torch.mm(hidden, head.T.to(hidden.dtype), out=out)
+        torch.mm(hidden, head.T, out=out)
     elif hidden.is_cuda:
-        torch.mm(hidden, head.T.to(hidden.dtype), out_dtype=out.dtype, out=out)
+        torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
     else:
         torch.mm(hidden.to(out.dtype), head.T.to(out.dtype), out=out)
 

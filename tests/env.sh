@@ -1,6 +1,8 @@
 # Sourced by the project's commands: sets $PYTHON, and makes .venv when no Python here has what is needed.
 # An active environment that has everything is used as it is; nothing is then installed or downloaded.
-needs="import matplotlib, numpy, pytest, torch, tqdm, transformers"
+needs="import matplotlib, numpy, pytest, tqdm, torch.optim, transformers
+from packaging.version import parse
+assert hasattr(torch.optim, 'Muon') and parse(transformers.__version__) >= parse('5.17')"
 if [ -x .venv/bin/python ] && cmp -s requirements.txt .venv/installed.txt; then
     PYTHON=.venv/bin/python
 elif python3 -c "$needs" 2>/dev/null; then

@@ -1,4 +1,5 @@
 """The program as its users meet it: folders in, folders out, and one clear line for whatever cannot work."""
+import dataclasses
 import inspect
 import json
 import os
@@ -159,6 +160,25 @@ def test_a_finished_folder_is_never_overwritten(start, argv):
     assert before == {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
 
 
+def test_rows_of_another_branch_and_flags_without_effect_are_refused(argv, prompts, tmp_path):
+    other = prompts("other", [{"prompt": "rev abc>", "branch": "domain"}])
+    refused = said(argv(prompts=[f"general={other}"], teachers=["general=x"]))
+    assert "this row is of branch 'domain'" in refused
+    recipe = ["--recipe", "small", "--out", str(tmp_path / "r")]
+    assert "--lr has no effect" in said([*recipe, "--lr", "3"])
+    assert "--seeds 0 is not positive" in said([*recipe, "--seeds", "0"])
+
+
+def test_bfloat16_final_is_half_the_size_and_keeps_the_tie(start):
+    from transformers import AutoModelForCausalLM
+    run = start(dtype="bfloat16", steps=1)
+    opd.train(run)
+    net = AutoModelForCausalLM.from_pretrained(run.out / "final", dtype="auto")
+    assert net.dtype == torch.bfloat16 and net.lm_head.weight is net.model.embed_tokens.weight
+    size = sum(path.stat().st_size for path in (run.out / "final").glob("*.safetensors"))
+    assert size < 2 * sum(p.numel() for p in net.parameters()) + 10_000
+
+
 # ---- recipes and the neighbourhood -------------------------------------------------------------------------
 
 def test_every_row_of_every_recipe_parses_and_its_names_exist():
@@ -168,14 +188,14 @@ def test_every_row_of_every_recipe_parses_and_its_names_exist():
         for quick in (False, True):
             for row in recipe.rows:
                 cfg = opd.configure(recipes.arguments(recipe, row, Path("runs/x/seed3"), 3, quick))
-                assert (cfg.seed == 3
-                        and "{" not in json.dumps(vars(cfg)).replace('"{', "").replace(": {", "")[1:])
+                filled = json.dumps(vars(cfg))
+                assert cfg.seed == 3 and "{dir}" not in filled and "{seed}" not in filled
 
 
 def test_recipe_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     few = recipes.RECIPES["small"]
     rows = {name: few.rows[name] for name in ("generalist", "specialist", "sft", "camopd")}
-    tiny = recipes.replace(
+    tiny = dataclasses.replace(
         few, rows=rows, quick={"": dict(steps=2, eval_every=1)},
         quick_prepare=["--generalist", "300", "--specialist", "300", "--evaluation", "8"],
         expected={"quick": {"sft": [(1, 2)] * 3}})
@@ -217,7 +237,7 @@ def test_an_installed_distribution_called_kernels_is_not_taken_for_ours(tmp_path
 def test_readme_quotes_the_loop_and_its_examples_run(start, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     for function in (methods.opd, opd.train):
-        assert inspect.getsource(function) in readme, f"README does not quote {function.__name__} as it stands"
+        assert inspect.getsource(function) in readme, f"README does not quote {function.__name__}"
     added = ["\n".join(line[1:] for line in block.splitlines() if line[0] == "+")
              for block in re.findall(r"```diff\n(.*?)```", readme, re.S)]
     method, table_row = added[0].rsplit("\n", 1)
