@@ -12,15 +12,14 @@ The loop, for every list of Jobs that a method (methods.py) yields:
 Left out on purpose: more than one process, inference servers, cross-tokenizer distillation. Dropout is off
 everywhere, so that the distribution that is sampled is the one that is trained.
 """
-import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import platform
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -31,8 +30,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import recipes, report        # before the model classes: see data/__init__.py
+from data import flags, recipes, report     # before the model classes: see data/__init__.py
 from data.chat import encode_completion, encode_prompt, load_prompts, prompt_text
+from data.files import atomic_folder, read_lines, recover, write_file
+from data.flags import fail
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, lookup, policy_gradient_weight
@@ -71,15 +72,25 @@ class Model:
 def load(path, cfg, learns=False, weights=None):
     """A Model from anything from_pretrained takes. `weights`: read parameters from this folder instead."""
     transformers.utils.logging.disable_progress_bar()
-    dtype = getattr(torch, cfg.dtype)
+    dtype, source = getattr(torch, cfg.dtype), weights or path
+    local = Path(path).expanduser()
+    if not local.is_dir() and (path[0] in "./~" or path.count("/") != 1 or local.parent.is_dir()):
+        fail(f"cannot load {path}: no such folder, and not a hub id (owner/name)")
+    if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
+        fail(f"cannot load {path}: no tokenizer in this folder"
+             + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
     try:
         tok = AutoTokenizer.from_pretrained(path)
-        net = AutoModelForCausalLM.from_pretrained(weights or path, dtype=torch.float32 if learns else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"cannot load {path}: {str(error).strip().splitlines()[0]}")
+        net, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if learns else dtype,
+                                                          output_loading_info=True)
+    except Exception as error:          # every kind of file can be broken in its own way
+        fail(f"cannot load {source}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+    if found["missing_keys"]:
+        fail(f"cannot load {source}: {len(found['missing_keys'])} weights are missing, "
+             f"{', '.join(sorted(found['missing_keys'])[:3])} among them")
     net.to(cfg.device).eval().requires_grad_(learns)
-    found = net.generation_config
-    stops = {tok.eos_token_id, *(e if isinstance(e := found.eos_token_id, list) else [e])} - {None}
+    defaults = net.generation_config
+    stops = {tok.eos_token_id, *(e if isinstance(e := defaults.eos_token_id, list) else [e])} - {None}
     if tok.eos_token_id is None:
         fail(f"{path}: the tokenizer has no EOS token, so a completion could never end")
     # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
@@ -88,7 +99,7 @@ def load(path, cfg, learns=False, weights=None):
         # The student's residual stream is float32 under autocast. The teacher's must be too, or their gap is
         # rounding noise where they agree.
         net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
-    model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, found)
+    model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, defaults)
     if model.vocab > len(model.head_VH):
         fail(f"{path}: the tokenizer has {model.vocab} ids, the model only {len(model.head_VH)} rows")
     check_head(model)
@@ -120,6 +131,11 @@ def check_same_tokens(student, teacher):
     if different:
         fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
              f"{'; '.join(different[:3])}); a teacher must share the student's")
+    if student.tok.eos_token_id != teacher.tok.eos_token_id:
+        tqdm.write(f"note: {teacher.path} ends its texts with {teacher.tok.eos_token!r}, not the student's "
+                   f"{student.tok.eos_token!r}: it will not teach the student to stop")
+    if student.tok.chat_template != teacher.tok.chat_template:
+        tqdm.write(f"note: {teacher.path} has another chat template than the student; each sees its own")
 
 
 def build_optimizers(model, cfg):
@@ -347,7 +363,8 @@ def update(run, jobs, weights):
     for student in dict.fromkeys(job.student for job in jobs):
         norm += torch.nn.utils.clip_grad_norm_(student.net.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(norm):
-            fail(f"step {step}: the gradient's norm is {norm}; the last checkpoint in {run.out} is intact")
+            fail(f"step {step + 1}: the gradient's norm is {norm}; lower --lr or look at the data. "
+                 f"What {run.out} holds is intact")
         for optimizer in student.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
@@ -386,7 +403,8 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.prompts = {branch: load_prompts(path, branch) for branch, path in cfg.prompts.items()}
         self.evals = {name: load_prompts(path, name) for name, path in cfg.eval_prompts.items()}
-        check_prompts(self)
+        cfg.prompts_sha256 = {branch: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+                              for branch, rows in self.prompts.items()}
         checkpoint = find_checkpoint(cfg)
         self.student = load(cfg.student, cfg, learns=True, weights=checkpoint)
         distinct = {path: load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
@@ -398,6 +416,7 @@ class Run:
                                  importance=tuple(cfg.importance))
         self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
         self.clock = {}                                         # seconds by part of the current step
+        check_prompts(self)
         if checkpoint:
             self.restore(checkpoint)
         write_config(cfg)
@@ -511,7 +530,7 @@ class Run:
             optimizer.load_state_dict(state)
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():                                   # forget what the lost steps wrote
-                kept = [line for line in report.read_lines(path) if line["step"] < self.state["step"]]
+                kept = [line for line in read_lines(path) if line["step"] < self.state["step"]]
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def save_final(self):
@@ -533,20 +552,18 @@ def train(run):
     """The loop. It never asks which method it runs."""
     method, stats = METHODS[run.cfg.method].steps(run), None
     run.begin()
-    progress = tqdm(total=run.cfg.steps, initial=run.state["step"], desc=run.cfg.out, unit="step",
-                    mininterval=1)
-    while jobs := advance(run, method, stats):      # sample: the method asks for rollouts and yields Jobs
-        if stats is None:
-            check_start(run, jobs[0])
-        with run.timed("score"):
-            for job in jobs:
-                score(job, run.cfg)                 # lp(y) and lq(y) without gradient: the gap
-        with run.timed("update"):
-            weights = weigh(jobs)                   # select, scale, normalise
-            stats = update(run, jobs, weights)      # backward of all Jobs, one step of every student
-        run.record(jobs, weights, stats)
-        progress.update()
-    progress.close()
+    with tqdm(total=run.cfg.steps, initial=run.state["step"], desc=run.cfg.out, unit="step") as progress:
+        while jobs := advance(run, method, stats):      # sample: the method asks for rollouts, yields Jobs
+            if stats is None:
+                check_start(run, jobs[0])
+            with run.timed("score"):
+                for job in jobs:
+                    score(job, run.cfg)                 # lp(y) and lq(y) without gradient: the gap
+            with run.timed("update"):
+                weights = weigh(jobs)                   # select, scale, normalise
+                stats = update(run, jobs, weights)      # backward of all Jobs, one step of every student
+            run.record(jobs, weights, stats)
+            progress.update()
     run.save_final()
     report.write_run(run.out)
 
@@ -564,8 +581,8 @@ def step_line(cfg, s):
     """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
     parts = [f"step {s['step'] + 1}/{cfg.steps} {s['branch']}"]
     parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
-    parts += [f"nll {-s['logprob_s']:.3f}"] if "logprob_s" in s and "value" not in s else []
-    parts += [f"gap {s['gap']:+.3f}"] if "gap" in s else []
+    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" else []
+    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
     parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
     parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
     times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
@@ -613,33 +630,32 @@ def check_start(run, job):
 
 # ---- setting up --------------------------------------------------------------------------------------------
 
-def fail(message):
-    raise SystemExit(f"opd.py: {message}")
-
-
 def find_checkpoint(cfg):
-    """The folder to resume from, or None to start afresh. A folder that holds another run is left alone."""
-    out = Path(cfg.out)
-    checkpoint, spare = out / "checkpoint", out / "checkpoint.old"
+    """The folder to resume from, or None to start afresh. Whatever else --out holds is left alone."""
+    out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint"
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out} is a file; it must be a folder")
     if not (out / "config.json").exists():
+        if out.exists() and any(out.iterdir()):
+            fail(f"--out {out} holds other files and no run; choose another --out")
         return None
     if not cfg.resume:
         fail(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+    if not recover(checkpoint):
+        if (out / "final").exists():
+            fail(f"{out} is finished (final/) and its checkpoint/ is gone; choose another --out")
+        for name in ("metrics.jsonl", "samples.jsonl"):         # it died before its first checkpoint
+            if (out / name).exists():
+                (out / name).replace(out / f"{name}.old")
+        return None
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(vars(cfg)))
     free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
-            "eval_prompts"}
-    free |= {"steps"} if cfg.lr_schedule == "constant" else set()
-    for key in now.keys() - free:
+            "eval_prompts"} | ({"steps"} if cfg.lr_schedule == "constant" else set())
+    for key in sorted(now.keys() - free):
         if now[key] != before.get(key):
-            fail(f"--resume with another --{key} ({now[key]}, was {before.get(key)}) would be another "
+            fail(f"--resume with another {key} ({now[key]}, was {before.get(key)}) would be another "
                  "experiment; choose another --out")
-    if spare.exists() and not checkpoint.exists():          # killed between the two renames of atomic_folder
-        spare.rename(checkpoint)
-    if checkpoint.exists():
-        return checkpoint
-    for name in ("metrics.jsonl", "samples.jsonl"):         # it died before its first checkpoint
-        (out / name).unlink(missing_ok=True)
-    return None
+    return checkpoint
 
 
 def write_config(cfg):
@@ -656,18 +672,31 @@ def write_config(cfg):
 
 
 def check_prompts(run):
-    """What the method will need from the prompt files, before any model is loaded."""
-    cfg = run.cfg
-    if cfg.method in ("sft", "kd", "gkd"):
-        for branch, prompts in run.prompts.items():
-            for prompt in prompts:
-                if not isinstance(prompt.get("solution"), str):
-                    fail(f"--method {cfg.method} learns from references, but "
-                         f'{cfg.prompts[branch]}:{prompt["row"]} has no "solution"')
-    for name, prompts in run.evals.items():
-        for prompt in prompts:
-            if "answer" not in prompt:
-                fail(f'{cfg.eval_prompts[name]}:{prompt["row"]} has no "answer", so it cannot be evaluated')
+    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from."""
+    cfg, learns = run.cfg, run.cfg.method in ("sft", "kd", "gkd")
+    training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
+    evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
+    for path, branch, rows in training + evaluation:
+        readers = dict.fromkeys([run.student, *([run.teachers[branch]] if branch in run.teachers else [])])
+        for row in rows:
+            where = f"{path}:{row['row']}"
+            if branch and learns and not isinstance(row.get("solution"), str):
+                fail(f'{where} has no "solution" text, which --method {cfg.method} learns from')
+            if not branch and "answer" not in row:
+                fail(f'{where} has no "answer", so it cannot be evaluated')
+            for model in readers:
+                try:
+                    length = len(encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs))
+                    if "answer" in row:
+                        grade(row["grader"], "", row["answer"])
+                except Exception as error:      # templates and graders raise what they like
+                    fail(f"{where}: {error}")
+                fixed = encode_completion(model.tok, row["solution"]) if branch and learns else None
+                length += len(fixed) if fixed else cfg.max_new_tokens
+                limit = getattr(model.net.config, "max_position_embeddings", None) or math.inf
+                if length > limit:
+                    fail(f"{where}: prompt and completion can have {length} tokens, but {model.path} has "
+                         f"{limit} positions; lower --max_new_tokens or drop the row")
 
 
 def split(batch, mixture, branches):
@@ -685,177 +714,27 @@ def shuffled(count, seed):
     return order
 
 
-def write_file(path, text):
-    """Replace a file in one rename: a kill leaves the old text or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
-@contextlib.contextmanager
-def atomic_folder(path):
-    """Write a folder beside `path`, then put it in place: a kill leaves the old or the new, never half."""
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def pairs(values, what, default):
-    """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; one bare value is named `default`."""
-    out = {}
-    for value in values:
-        name, found = re.match(r"(?:([A-Za-z]\w*)=)?(.+)", value).groups()
-        if name is None and len(values) > 1:
-            fail(f"several {what} need names: BRANCH={value}")
-        if (name := name or default) in out:
-            fail(f"two {what} are called {name}")
-        out[name] = found
-    return out
-
-
-def per_branch(values, branches, flag, default):
-    """["general=2"] or ["0.8"] -> {branch: float}; branches that are not named keep their default."""
-    given = pairs(values, flag, "")
-    for name, value in given.items():
-        if name and name not in branches:
-            fail(f"{flag} names {name}, but the branches are: {', '.join(branches)}")
-        try:
-            float(value)
-        except ValueError:
-            fail(f"{flag} {value} is not a number")
-    return {branch: float(given.get(branch, given.get("", default(branch)))) for branch in branches}
-
-
 def knob(cfg):
     """The knob of --loss: every divergence that has one has a flag of its own for it."""
     return {"jsd": cfg.jsd_beta}.get(cfg.loss)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
-def parser():
-    p = Parser(prog="opd.py", description=__doc__,
-               formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
-    add = p.add_argument_group("what").add_argument
-    add("--student", metavar="PATH",
-        help="the model that learns: a folder or hub id, as from_pretrained takes it")
-    add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
-        help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
-    add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
-        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py); one file per branch. "
-             "For camopd the first is the branch to recover, the others are preserved")
-    add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
-        help="prompts with answers, never trained on")
-    add("--method", choices=METHODS,
-        help="methods.py; default: opd with one teacher, mopd with several, sft with none")
-    add("--out", metavar="DIR",
-        help="the run's folder; default: runs/METHOD-LOSS-seedN, for a recipe runs/RECIPE")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-
-    add = p.add_argument_group("objective (losses.py)").add_argument
-    add("--loss", choices=LOSSES,
-        help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's")
-    add("--jsd_beta", type=float, default=0.5,
-        help="jsd: weight of the teacher in the mixture; GKD 2306.13649")
-    add("--loss_temperature", type=float, default=1.0, help="divides both models' logits in the loss")
-    add("--importance", type=float, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
-        help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")
-
-    add = p.add_argument_group("method (methods.py)").add_argument
-    add("--mixture", metavar="N:M", help="shares of the branches in a mixed batch; default: equal")
-    add("--gkd_lambda", type=float, default=0.5,
-        help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
-    add("--schedule", default="3:1", metavar="N:M",
-        help="camopd: N steps of the first branch, M of the second, ..; "
-             "'mixed': all in every step; CaMOPD eq. 5")
-    add("--mass", nargs="+", default=["0.8"], metavar="[BRANCH=]RHO",
-        help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; CaMOPD eq. 8")
-    add("--scale", nargs="+", default=[], metavar="[BRANCH=]R",
-        help="camopd: factor on the branch's loss; "
-             "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
-
-    add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=100, help="optimizer steps")
-    add("--batch", type=int, default=32, help="prompts per step")
-    add("--rollouts", type=int, default=1, help="completions per prompt")
-    add("--lr", type=float, default=1e-5, help="peak learning rate")
-    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
-        help="after the warm-up")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up")
-    add("--optimizer", choices=("adamw", "muon", "sgd"), default="adamw",
-        help="muon: hidden matrices by Muon, scaled to AdamW's step size, the rest by AdamW")
-    add("--adam_beta2", type=float, default=0.95, help="AdamW's second beta (the first is 0.9)")
-    add("--weight_decay", type=float, default=0.01, help="on matrices; norms and biases do not decay")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--micro_tokens", type=int, default=16384,
-        help="tokens per forward pass with padding: memory, not results")
-
-    add = p.add_argument_group("sampling and evaluation").add_argument
-    add("--temperature", type=float, default=1.0,
-        help="of the rollouts; anything but 1 is off-policy, and said so")
-    add("--top_p", type=float, default=1.0, help="of all sampling, rollouts and evaluation; likewise")
-    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
-    add("--sample_batch", type=int, default=256, help="completions generated at a time")
-    add("--chat_template_kwargs", type=json.loads, default={}, metavar="JSON",
-        help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
-    add("--eval_every", type=int, default=0,
-        help="steps between evaluations; 0 = before and after training only")
-    add("--eval_rollouts", type=int, default=1,
-        help="completions per evaluation prompt; the score is their mean")
-    add("--eval_temperature", type=float, default=0.0, help="0 = greedy")
-
-    add = p.add_argument_group("the machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
-    add("--seed", type=int, default=0, help="of prompts' order and sampling")
-    add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = at the end only")
-    add("--log_samples", type=int, default=2, help="rollouts per step and branch that samples.jsonl keeps")
-
-    add = p.add_argument_group("recipes: a whole table in one command (data/recipes.py)").add_argument
-    add("--recipe", choices=recipes.RECIPES,
-        help="run its rows, each a call of this program; run again, it continues")
-    add("--seeds", type=int, default=1,
-        help="recipe: repetitions with seeds 0, 1, ..; the table shows mean and spread")
-    add("--quick", action="store_true", help="recipe: a short form of every row")
-    add("--jobs", type=int, default=1, help="recipe: seeds that run at the same time")
-    return p
-
-
 def configure(argv=None):
     """The settings of a run: parsed, completed and checked, with one clear line for whatever cannot work."""
-    cfg = parser().parse_args(argv)
+    known = flags.parser(__doc__, METHODS, LOSSES, recipes.RECIPES)
+    cfg = known.parse_args(argv)
     if cfg.recipe:
         own = {"recipe", "out", "seeds", "quick", "jobs"}
         for flag, value in vars(cfg).items():
-            if flag not in own and value != parser().get_default(flag):
+            if flag not in own and value != known.get_default(flag):
                 fail(f"--recipe sets every flag of its rows; --{flag} has no effect there")
-            if flag in ("seeds", "jobs") and value < 1:
-                fail(f"--{flag} {value} is not positive")
         return cfg
     for flag in ("student", "prompts"):
         if not getattr(cfg, flag):
             fail(f"--{flag} is missing; python opd.py --help explains all flags")
-    for flag in ("steps", "batch", "rollouts", "max_new_tokens", "sample_batch", "micro_tokens",
-                 "eval_rollouts", "loss_temperature", "lr"):
-        if not getattr(cfg, flag) > 0:
-            fail(f"--{flag} {getattr(cfg, flag)} is not positive")
-    cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
-    cfg.eval_prompts = pairs(cfg.eval_prompts, "--eval_prompts", "eval")
-    cfg.teachers = pairs(cfg.teachers, "--teachers", "")
+    cfg.prompts = flags.pairs(cfg.prompts, "--prompts", "main")
+    cfg.eval_prompts = flags.pairs(cfg.eval_prompts, "--eval_prompts", "eval")
+    cfg.teachers = flags.pairs(cfg.teachers, "--teachers", "")
     branches = list(cfg.prompts)
     cfg.method = cfg.method or ("sft" if not cfg.teachers else "opd" if len(cfg.teachers) == 1 else "mopd")
     usable = METHODS[cfg.method].losses
@@ -869,30 +748,28 @@ def configure(argv=None):
              f"but --teachers has: {', '.join(cfg.teachers) or 'none'}")
     if cfg.method == "opd" and len(set(cfg.teachers.values())) > 1:
         fail("--method opd has one teacher; with several use --method mopd or camopd")
-    for flag in ("mixture", "schedule"):
-        value = getattr(cfg, flag)
-        counts = [int(n) if n.isdigit() else 0 for n in (value or "").split(":")]
-        default = value in (None, "mixed") or (flag == "schedule" and cfg.method != "camopd")
-        if not default and (len(counts) != len(branches) or not all(counts)):
-            fail(f"--{flag} {value} needs a positive number for each of the branches "
-                 f"{', '.join(branches)}, as in 3:1")
-    if not all(split(cfg.batch, cfg.mixture, branches).values()):
-        fail(f"--batch {cfg.batch} leaves a branch without prompts")
-    cfg.mass = per_branch(cfg.mass, branches, "--mass", lambda branch: 0.8)
-    cfg.scale = per_branch(cfg.scale, branches, "--scale",
-                           lambda branch: 2.0 if branch == branches[0] else 1.0)
-    for flag, numbers in (("mass", cfg.mass.values()), ("gkd_lambda", [cfg.gkd_lambda]),
-                          ("top_p", [cfg.top_p])):
-        for number in numbers:
-            if not 0 <= number <= 1 or (number == 0 and flag == "top_p"):
-                fail(f"--{flag} {number} is not within 0 and 1")
+    if cfg.mixture:
+        flags.shares("--mixture", cfg.mixture, branches)
+    if cfg.method == "camopd":
+        cfg.schedule = cfg.schedule or ":".join(["3", *"1" * (len(branches) - 1)])
+        if cfg.schedule != "mixed":
+            flags.shares("--schedule", cfg.schedule, branches)
+    alternates = cfg.method == "camopd" and cfg.schedule != "mixed"
+    if not alternates and not all(split(cfg.batch, cfg.mixture, branches).values()):
+        fail(f"--batch {cfg.batch} leaves a branch without prompts; it needs at least "
+             f"{sum(map(int, cfg.mixture.split(':'))) if cfg.mixture else len(branches)}")
+    cfg.mass = flags.per_branch(cfg.mass, branches, "--mass", lambda branch: 0.8, most=1)
+    cfg.scale = flags.per_branch(cfg.scale, branches, "--scale", lambda b: 2.0 if b == branches[0] else 1.0)
+    if not any(cfg.scale.values()):
+        fail("--scale 0 for every branch trains nothing")
+    if cfg.importance[0] >= cfg.importance[1]:
+        fail(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     if LOSSES[cfg.loss].divergence:
         lookup(cfg.loss, knob(cfg))
-    if cfg.temperature <= 0:
-        fail(f"--temperature {cfg.temperature}: rollouts are sampled, so it must be positive "
-             "(1 is on-policy)")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda, but torch sees no CUDA device")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
+        fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
+    if cfg.device != "cpu" and (int(cfg.device[5:] or 0)) >= torch.cuda.device_count():
+        fail(f"--device {cfg.device}: torch sees {torch.cuda.device_count()} CUDA devices")
     cfg.out = cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}"
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
     for flag in ("recipe", "seeds", "quick", "jobs"):
@@ -906,8 +783,10 @@ def main(argv=None):
         if getattr(cfg, "recipe", None):
             return recipes.run(cfg.recipe, cfg.out, cfg.seeds, cfg.quick, cfg.jobs)
         train(Run(cfg))
-    except ValueError as error:                 # bad data and settings found on the way (data/, losses.py)
+    except (ValueError, OSError) as error:          # bad data, full disks: found on the way, already in words
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with --resume continues from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ def load_prompts(source, branch):
     if source in convert.SETS:
         lines = [json.dumps(row) for row in convert.rows(source)]
     elif Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").split("\n")      # U+2028 does not end a line
+        try:
+            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")      # U+2028 does not end a line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text ({error})") from None
     else:
         raise ValueError(f"no prompt file {source} (public sets that are known: {', '.join(convert.SETS)})")
     prompts = []
@@ -43,7 +46,9 @@ def load_prompts(source, branch):
         if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
             raise ValueError(f'{source}:{number}: "prompt" is text or a list of '
                              '{"role", "content"} messages')
-        if "answer" in row and row.setdefault("grader", "exact") not in GRADERS:
+        if "answer" in row and not isinstance(row["answer"], (str, int, float)):
+            raise ValueError(f'{source}:{number}: "answer" is text or a number, not {row["answer"]!r}')
+        if "answer" in row and str(row.setdefault("grader", "exact")) not in GRADERS:
             raise ValueError(f"{source}:{number}: unknown grader {row['grader']!r}; "
                              f"there are: {', '.join(GRADERS)}")
         if row.get("branch", branch) != branch:

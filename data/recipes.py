@@ -42,8 +42,8 @@ RECIPES = {
     "small": Recipe(
         about="The small world: a generalist forgets while it specialises; recover the general skills, keep "
               "the domain. References are few (sft, kd, gkd learn from them), prompts four times as many. "
-              "covered = general skills with proxy prompts, uncovered = general skills without any; mopd, camopd "
-              "with the full-vocabulary reverse KL, -pg with the papers' sampled-token policy gradient.",
+              "covered = general skills with proxy prompts, uncovered = general skills without any; opd, "
+              "mopd, camopd use the full-vocabulary reverse KL, -pg the sampled-token policy gradient.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
         common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512,
                     eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl"
@@ -80,7 +80,6 @@ def run(name, out, seeds, quick, jobs=1):
     """Run what a recipe lacks for seeds 0 .. seeds - 1, `jobs` seeds at a time; print and write its table."""
     recipe, form = RECIPES[name], "quick" if quick else "full"
     out = Path(os.path.relpath(out or ROOT / "runs" / (f"{name}-quick" if quick else name), ROOT))
-    os.chdir(ROOT)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -89,12 +88,12 @@ def run(name, out, seeds, quick, jobs=1):
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)          # a row that failed, or Ctrl-C, ends the recipe
-    report.write_recipe(name, recipe, out, seeds, form)
+    report.write_recipe(name, recipe, Path(os.path.relpath(ROOT / out)), seeds, form)
 
 
 def run_seed(recipe, folder, seed, quick, threads):
     """The rows of one seed, in order. A row that is finished costs nothing."""
-    form, prepared = "quick" if quick else "full", folder / "prepared"
+    form, prepared = "quick" if quick else "full", ROOT / folder / "prepared"
     if not prepared.exists():
         extra = recipe.quick_prepare if quick else []
         call(["-m", *(fill(x, folder, seed) for x in recipe.prepare), *extra], f"{folder}: data",
@@ -104,7 +103,7 @@ def run_seed(recipe, folder, seed, quick, threads):
         raise SystemExit(f"{folder} holds the {prepared.read_text()} form of this recipe; "
                          "choose another --out")
     for number, row in enumerate(recipe.rows, 1):
-        if not (folder / row / "final").exists():
+        if not (ROOT / folder / row / "final").exists():
             call(["opd.py", *arguments(recipe, row, folder, seed, quick)],
                  f"{folder}: {row} ({number}/{len(recipe.rows)})", folder / f"{row}.log", threads)
 
@@ -128,8 +127,8 @@ def fill(value, folder, seed):
 def call(argv, title, log, threads):
     """One child process: its lines go to `log`, its progress bar and errors to the terminal."""
     print(title, flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as lines:
+    (ROOT / log).parent.mkdir(parents=True, exist_ok=True)
+    with open(ROOT / log, "a") as lines:
         code = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads),
                                    "PYTHONUNBUFFERED": "1"}).returncode

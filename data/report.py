@@ -4,14 +4,7 @@ import statistics
 import sys
 from pathlib import Path
 
-
-def read_lines(path):
-    """The objects of a JSON-lines file that a run appends to, less a last line that a kill cut short."""
-    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in lines[:-1]]
+from .files import read_lines
 
 
 def read_metrics(out):
@@ -44,17 +37,18 @@ def write_run(out):
              f"{sum(sum(s['seconds'].values()) for s in steps) / 60:.1f} minutes, "
              f"peak memory {max(s['memory_gib'] for s in steps):.1f} GiB.", ""]
     if evals:
-        names = list(evals[0][1])
+        names = list(dict.fromkeys(name for _, scores in evals for name in scores))
         lines += ["| after step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {step} | " + " | ".join(f"{100 * scores[n]:.1f}" for n in names) + " |"
-                  for step, scores in evals]
+        lines += [f"| {step} | " + " | ".join(f"{100 * scores[n]:.1f}" if n in scores else "not run"
+                                            for n in names) + " |" for step, scores in evals]
         lines += ["", f"Accuracy in %, {config['eval_rollouts']} completion(s) per prompt at temperature "
                   f"{config['eval_temperature']:g}.", ""]
     lines += ["![curves](curves.png)", "", "## Last samples", ""]
     for sample in read_lines(out / "samples.jsonl")[-4:] if (out / "samples.jsonl").exists() else []:
         gap = "" if sample["gap"] is None else f" (mean gap {sample['gap']:+.2f})"
-        lines += [f"- step {sample['step'] + 1}, {sample['branch']}{gap}: `{sample['prompt'][-200:]}` -> "
-                  f"`{sample['completion'][:300]}`"]
+        lines += [f"step {sample['step'] + 1}, {sample['branch']}{gap}:", "", "```json",
+                  json.dumps({"prompt": sample["prompt"][-300:], "completion": sample["completion"][:600]},
+                             ensure_ascii=False, indent=1), "```", ""]
     settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
               json.dumps(config["versions"])]
@@ -70,22 +64,24 @@ def draw_run(plt, steps, evals, path):
     panels = [(title, keys) for title, keys in panels if keys][:3]
     figure, axes = plt.subplots(1, len(panels) + bool(evals), figsize=(3.6 * (len(panels) + bool(evals)), 3),
                                 squeeze=False)
+    branches = list(dict.fromkeys(s["branch"] for s in steps))              # alternating ones get a line each
     for axis, (title, keys) in zip(axes[0], panels):
-        for key in keys:
+        for key, branch in ((key, branch) for key in keys for branch in branches):
+            some = [s for s in steps if key in s and s["branch"] == branch]
+            label = " ".join([key] * (len(keys) > 1) + [branch] * (len(branches) > 1))
             sign = -1 if key == "logprob_s" else 1
-            axis.plot([s["step"] + 1 for s in steps if key in s], [sign * s[key] for s in steps if key in s],
-                      linewidth=1, label=key)
+            axis.plot([s["step"] + 1 for s in some], [sign * s[key] for s in some], linewidth=1, label=label)
+            if label:
+                axis.legend()
         axis.set_title(title)
         axis.set_xlabel("step")
-        if len(keys) > 1:
-            axis.legend()
     if evals:
-        for name in evals[0][1]:
-            axes[0][-1].plot([step for step, _ in evals], [100 * scores[name] for _, scores in evals],
-                             marker="o", markersize=3, label=name)
-        axes[0][-1].set_title("accuracy, %")
-        axes[0][-1].set_xlabel("step")
-        axes[0][-1].legend()
+        axis = axes[0][-1]
+        for name in dict.fromkeys(name for _, scores in evals for name in scores):
+            points = [(step, 100 * scores[name]) for step, scores in evals if name in scores]
+            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        axis.set(title="accuracy, %", xlabel="step", ylim=(-3, 103))
+        axis.legend()
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -150,28 +146,26 @@ def write_recipe(name, recipe, out, seeds, form):
 
 
 def draw_recipe(plt, recipe, results, path):
-    """Left: where every row ends, one axis against the other, error bars over seeds. Right: the way there."""
+    """Left: the way of every row across the two axes, means over seeds. Right: where they end, enlarged."""
     (x_title, x_sets), (y_title, y_sets) = recipe.axes.items()
-    figure, (ends, way) = plt.subplots(1, 2, figsize=(10, 4.2))
+    figure, (way, ends) = plt.subplots(1, 2, figsize=(10.5, 4.6))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     at = lambda scores, sets: 100 * statistics.mean(scores[name] for name in sets)
     for i, (row, found) in enumerate(results.items()):
-        color, reference = ("black", row) if row in recipe.references else (colors[i % len(colors)], None)
-        x, y = ([at(curve[-1][1], sets) for curve in found["curve"]] for sets in (x_sets, y_sets))
-        (mx, sx), (my, sy) = mean_spread(x), mean_spread(y)
-        ends.errorbar(mx, my, xerr=sx, yerr=sy, fmt="*" if reference else "o",
-                      markersize=11 if reference else 6, color=color, linewidth=1, label=row)
-        if not reference:
-            points = list(zip(*found["curve"]))
-            way.plot([point[0][0] for point in points],
-                     [statistics.mean(at(scores, y_sets) for _, scores in point) for point in points],
-                     marker="o", markersize=3, color=color, label=row)
-    ends.set_xlabel(x_title)
-    ends.set_ylabel(y_title)
-    ends.legend(fontsize=8)
-    way.set_xlabel("step")
-    way.set_ylabel(y_title)
-    way.legend(fontsize=8)
+        points = list(zip(*found["curve"]))                     # evaluation -> one (step, scores) per seed
+        x, y = ([[at(scores, sets) for _, scores in point] for point in points] for sets in (x_sets, y_sets))
+        mean_x, mean_y = ([statistics.mean(values) for values in axis] for axis in (x, y))
+        if row in recipe.references:
+            way.plot(mean_x[-1], mean_y[-1], "k*", markersize=12)
+            way.annotate(f" {row} ", (mean_x[-1], mean_y[-1]), ha="left" if mean_x[-1] < 70 else "right",
+                         va="bottom")
+            continue
+        way.plot(mean_x, mean_y, marker="o", markersize=3, linewidth=1, color=colors[i % len(colors)])
+        ends.errorbar(mean_x[-1], mean_y[-1], xerr=mean_spread(x[-1])[1], yerr=mean_spread(y[-1])[1], fmt="o",
+                      markersize=6, linewidth=1, color=colors[i % len(colors)], label=row)
+    for axis, title in ((way, "the way there"), (ends, "where each ends")):
+        axis.set(xlabel=x_title, ylabel=y_title, title=title)
+    ends.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

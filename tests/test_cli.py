@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,15 +109,34 @@ def said(words):
     (dict(loss="kld"), "choose from"), (dict(method="ppo"), "choose from"),
     (dict(loss="nll"), "can use: rkl"), (dict(method="kd", loss="pg"), "can use: fkl"),
     (dict(prompts=["none.jsonl"]), "no prompt file none.jsonl"),
+    (dict(prompts=["=x"]), "no prompt file"), (dict(teachers=["m="]), "names nothing"),
     (dict(teachers=["x=nowhere"]), "needs a teacher for every branch"),
-    (dict(batch=0), "--batch 0 is not positive"), (dict(mass="1.5"), "not within 0 and 1"),
-    (dict(mass="foo=1"), "branches are: main"), (dict(mass="x"), "not a number"),
-    (dict(method="camopd", schedule="3:1"), "positive number for each"),
-    (dict(temperature=0), "must be positive"), (dict(student="nowhere"), "cannot load nowhere"),
+    (dict(batch=0), "--batch: 0 is not at least 1"), (dict(mixture="x"), "--mixture x"),
+    (dict(mass="1.5"), "at most 1"), (dict(mass="foo=1"), "branches are: main"),
+    (dict(mass="x"), "not a number"), (dict(scale="nan"), "nan is not"), (dict(scale="0"), "trains nothing"),
+    (dict(method="camopd", schedule="3:1"), "each of the 1 branches"), (dict(warmup=-5), "at least 0"),
+    (dict(temperature="nan"), "nan is not above 0"), (dict(lr="inf"), "inf is not"),
+    (dict(eval_temperature=-1), "-1 is not at least 0"), (dict(student="./a/b"), "no such folder"),
+    (dict(student="nowhere"), "cannot load nowhere: no such folder"),
     (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"), (dict(importance=["a", "b"]), "invalid float"),
-    (dict(chat_template_kwargs="{"), "invalid loads")], ids=str)
+    (dict(importance=[2, 0.5]), "LOW must be below HIGH"), (dict(device="tpu"), "choose cpu, cuda"),
+    (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "invalid json_object"),
+    (dict(chat_template_kwargs="[]"), "is not a JSON object"),
+    (dict(max_new_tokens=500), "128 positions")], ids=str)
 def test_bad_input_is_refused_in_one_line(argv, tmp_path, flags, expected):
     assert expected in said(argv(**flags))
+    assert not (tmp_path / "out1").exists()
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": [{"role": "user", "content": "hi"}]}, "no chat template"),
+    ({"prompt": "a", "answer": "none", "grader": "number"}, "needs an answer with a number"),
+    ({"prompt": "a", "answer": None}, "text or a number"),
+    ({"prompt": "a", "answer": "b", "grader": ["x"]}, "there are"),
+    ({"prompt": "a" * 130}, "128 positions")], ids=str)
+def test_a_bad_row_is_found_before_the_first_step(argv, prompts, tmp_path, row, expected):
+    message = said(argv(prompts=[prompts("late", [{"prompt": "rev abc>"}] * 9 + [row])]))
+    assert "late.jsonl:10" in message and expected in message
     assert not (tmp_path / "out1").exists()
 
 
@@ -151,13 +171,43 @@ def test_logit_transforms_that_would_be_ignored_are_refused(argv, models, tmp_pa
     assert "Gemma2ForCausalLM transforms its logits" in said(argv(student=tmp_path / "gemma"))
 
 
-def test_a_finished_folder_is_never_overwritten(start, argv):
+def test_nothing_on_disk_is_ever_overwritten(start, argv, prompts, tmp_path):
     run = start()
     opd.train(run)
     before = {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
     assert "add --resume" in said(argv(out=run.out))
-    assert "another --lr" in said(argv(out=run.out, resume=True, lr=1))
+    assert "another lr" in said(argv(out=run.out, resume=True, lr=1))
+    changed = argv(out=run.out, resume=True)
+    prompts(rows=[{"prompt": "rev b>"}])
+    assert "another prompts_sha256" in said(changed)
     assert before == {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
+    prompts()
+    shutil.rmtree(run.out / "checkpoint")
+    assert "is finished" in said(argv(out=run.out, resume=True))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "final").mkdir()
+    assert "holds other files" in said(argv(out=tmp_path / "mine"))
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in said(argv(out=tmp_path / "file"))
+
+
+def test_models_with_missing_weights_are_refused(argv, models, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(models / "wide", tmp_path / "holes")
+    weights = load_file(tmp_path / "holes" / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
+    assert "missing, model.layers.0.mlp.up_proj.weight" in said(argv(teachers=[tmp_path / "holes"]))
+    (tmp_path / "holes" / "model.safetensors").write_bytes(b"broken")
+    assert "cannot load" in said(argv(teachers=[tmp_path / "holes"]))
+
+
+def test_resume_may_evaluate_on_other_prompts(start, prompts):
+    run = start(eval_prompts=[f"a={prompts('e')}"])
+    opd.train(run)
+    opd.train(start(eval_prompts=[f"b={prompts('e')}"], steps=3, out=run.out, resume=True))
+    report = (run.out / "report.md").read_text()
+    assert "| a | b |" in report and "not run" in report
 
 
 def test_rows_of_another_branch_and_flags_without_effect_are_refused(argv, prompts, tmp_path):
@@ -166,7 +216,7 @@ def test_rows_of_another_branch_and_flags_without_effect_are_refused(argv, promp
     assert "this row is of branch 'domain'" in refused
     recipe = ["--recipe", "small", "--out", str(tmp_path / "r")]
     assert "--lr has no effect" in said([*recipe, "--lr", "3"])
-    assert "--seeds 0 is not positive" in said([*recipe, "--seeds", "0"])
+    assert "--seeds: 0 is not at least 1" in said([*recipe, "--seeds", "0"])
 
 
 def test_bfloat16_final_is_half_the_size_and_keeps_the_tie(start):

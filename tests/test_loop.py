@@ -7,7 +7,7 @@ import torch
 from conftest import WORD_ROWS, gradients, parameters
 
 import opd
-from data import report
+from data.files import read_lines
 from losses import Objective
 from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, positive_gap, routed, scheduled,
                      top_gap_mass)
@@ -254,7 +254,7 @@ def test_resume_keeps_every_stop_token_and_survives_odd_logs(start, models, tmp_
     assert run.student.stops == again.student.stops == [1, 7]
     opd.train(again)
     assert json.loads((run.out / "final" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
-    assert [m["step"] for m in report.read_lines(run.out / "metrics.jsonl")] == [-1, 0, 1, 2]
+    assert [m["step"] for m in read_lines(run.out / "metrics.jsonl")] == [-1, 0, 1, 2]
     assert json.loads((run.out / "config.json").read_text())["steps"] == 3
 
 

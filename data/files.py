@@ -1,0 +1,46 @@
+"""What a run keeps on disk, so that a kill at any moment leaves something that can be continued."""
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+
+def read_lines(path):
+    """The objects of a JSON-lines file that a run appends to, less a last line that a kill cut short."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def write_file(path, text):
+    """Replace a file in one rename: a kill leaves the old text or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Write a folder beside `path`, then put it in its place: a kill leaves the old one or the new one whole.
+
+    Between its two renames the old one is `path`.old; `recover` puts it back.
+    """
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path):
+    """Undo atomic_folder's first rename where a kill prevented the second. Returns whether `path` exists."""
+    old = path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    return path.exists()

@@ -1,0 +1,183 @@
+"""The command line as a table: every flag with its unit, default and source, and what its text may be."""
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+
+
+def fail(message):
+    """End the program with one line that says what is wrong and what would be right."""
+    raise SystemExit(f"opd.py: {message}")
+
+
+def pairs(values, flag, default):
+    """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; a single bare value: {default: value}."""
+    out = {}
+    for value in values:
+        name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
+        if name and Path(value).exists():           # a path with = in it
+            name, found = None, value
+        if not found:
+            fail(f"{flag} {value!r} names nothing")
+        if name is None and len(values) > 1:
+            fail(f"several {flag} need names: BRANCH={value}")
+        if (name := name or default) in out:
+            fail(f"two {flag} are called {name}")
+        out[name] = found
+    return out
+
+
+def per_branch(values, branches, flag, default, most=math.inf):
+    """["general=2"] or ["0.8"] -> {branch: float}; branches that are not named keep their default."""
+    given = pairs(values, flag, "")
+    for name, value in given.items():
+        if name and name not in branches:
+            fail(f"{flag} names {name}, but the branches are: {', '.join(branches)}")
+        try:
+            given[name] = number(float, least=0, most=most)(value)
+        except ValueError:
+            fail(f"{flag} {value} is not a number")
+        except argparse.ArgumentTypeError as error:
+            fail(f"{flag} {error}")
+    return {branch: given.get(branch, given.get("", default(branch))) for branch in branches}
+
+
+def shares(flag, text, branches):
+    """"3:1" -> checked: one positive whole number for each branch."""
+    counts = text.split(":")
+    if len(counts) != len(branches) or not all(n.isdecimal() and int(n) for n in counts):
+        example = ":".join(["3", "1", "1", "1", "1"][:len(branches)])
+        fail(f"{flag} {text} is not a positive whole number for each of the {len(branches)} branches "
+             f"({', '.join(branches)}), as in {example}")
+    return text
+
+
+def number(kind, least=None, above=None, most=math.inf):
+    """A type for argparse: an int or a finite float within bounds."""
+    def parse(text):
+        value = kind(text)
+        enough = value >= least if above is None else value > above
+        if not (enough and value <= most and math.isfinite(value)):
+            low = f"at least {least}" if above is None else f"above {above}"
+            high = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {low}{high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def json_object(text):
+    value = json.loads(text)
+    if not isinstance(value, dict) or "tokenize" in value:
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object with options of the chat template")
+    return value
+
+
+COUNT, AMOUNT = number(int, least=1), number(int, least=0)
+POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, [], {}) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def parser(about, methods, losses, recipes):
+    """The argparse parser of opd.py. methods, losses, recipes: the tables whose names are choices."""
+    p = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
+               formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
+    add = p.add_argument_group("what").add_argument
+    add("--student", metavar="PATH",
+        help="the model that learns: a folder or hub id, as from_pretrained takes it")
+    add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
+        help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
+    add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
+        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py); one file per branch. "
+             "For camopd the first is the branch to recover, the others are preserved")
+    add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
+        help="prompts with answers, never trained on")
+    add("--method", choices=methods,
+        help="methods.py; default: opd with one teacher, mopd with several, sft with none")
+    add("--out", metavar="DIR",
+        help="the run's folder; default: runs/METHOD-LOSS-seedN, for a recipe runs/RECIPE")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+
+    add = p.add_argument_group("objective (losses.py)").add_argument
+    add("--loss", choices=losses,
+        help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's")
+    add("--jsd_beta", type=SHARE, default=0.5,
+        help="jsd: weight of the teacher in the mixture; GKD 2306.13649")
+    add("--loss_temperature", type=POSITIVE, default=1.0, help="divides both models' logits in the loss")
+    add("--importance", type=NOT_NEGATIVE, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
+        help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")
+
+    add = p.add_argument_group("method (methods.py)").add_argument
+    add("--mixture", metavar="N:M", help="shares of the branches in a mixed batch; default: equal")
+    add("--gkd_lambda", type=SHARE, default=0.5,
+        help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
+    add("--schedule", metavar="N:M",
+        help="camopd: N steps of the first branch, M of the second, ..; "
+             "'mixed': all in every step; CaMOPD eq. 5")
+    add("--mass", nargs="+", default=["0.8"], metavar="[BRANCH=]RHO",
+        help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; CaMOPD eq. 8")
+    add("--scale", nargs="+", default=[], metavar="[BRANCH=]R",
+        help="camopd: factor on the branch's loss; "
+             "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--steps", type=COUNT, default=100, help="optimizer steps")
+    add("--batch", type=COUNT, default=32, help="prompts per step")
+    add("--rollouts", type=COUNT, default=1, help="completions per prompt")
+    add("--lr", type=POSITIVE, default=1e-5, help="peak learning rate")
+    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
+        help="after the warm-up")
+    add("--warmup", type=AMOUNT, default=0, help="steps of linear warm-up")
+    add("--optimizer", choices=("adamw", "muon", "sgd"), default="adamw",
+        help="muon: hidden matrices by Muon, scaled to AdamW's step size, the rest by AdamW")
+    add("--adam_beta2", type=SHARE, default=0.95, help="AdamW's second beta (the first is 0.9)")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="on matrices; norms and biases do not decay")
+    add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--micro_tokens", type=COUNT, default=16384,
+        help="tokens per forward pass with padding: memory, not results")
+
+    add = p.add_argument_group("sampling and evaluation").add_argument
+    add("--temperature", type=POSITIVE, default=1.0,
+        help="of the rollouts; anything but 1 is off-policy, and said so")
+    add("--top_p", type=number(float, above=0, most=1), default=1.0,
+        help="of rollouts and of sampled evaluation; likewise")
+    add("--max_new_tokens", type=COUNT, default=512, help="longest completion, in tokens")
+    add("--sample_batch", type=COUNT, default=256, help="completions generated at a time")
+    add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
+        help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
+    add("--eval_every", type=AMOUNT, default=0,
+        help="steps between evaluations; 0 = before and after training only")
+    add("--eval_rollouts", type=COUNT, default=1,
+        help="completions per evaluation prompt; the score is their mean")
+    add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
+
+    add = p.add_argument_group("the machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
+    add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")
+    add("--save_every", type=AMOUNT, default=100, help="steps between checkpoints; 0 = at the end only")
+    add("--log_samples", type=AMOUNT, default=2, help="rollouts per step and branch that samples.jsonl keeps")
+
+    add = p.add_argument_group("recipes: a whole table in one command (data/recipes.py)").add_argument
+    add("--recipe", choices=recipes,
+        help="run its rows, each a call of this program; run again, it continues")
+    add("--seeds", type=COUNT, default=1,
+        help="recipe: repetitions with seeds 0, 1, ..; the table shows mean and spread")
+    add("--quick", action="store_true", help="recipe: a short form of every row")
+    add("--jobs", type=COUNT, default=1, help="recipe: seeds that run at the same time")
+    return p
