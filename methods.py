@@ -189,14 +189,15 @@ def top_gap_mass(score_B, mass):
 class Method:
     steps: Callable                         # the generator
     losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
+    solutions: bool = False                 # learns from the prompt files' `solution`s
 
 
 REVERSE_FIRST = ("rkl", *(name for name in DIVERGENCES if name != "rkl"))
 METHODS = {
-    "sft": Method(sft, ("nll",)),
+    "sft": Method(sft, ("nll",), solutions=True),
     "seqkd": Method(seqkd, ("nll",)),
-    "kd": Method(kd, ("fkl", *REVERSE_FIRST)),
-    "gkd": Method(gkd, ("jsd", *REVERSE_FIRST)),
+    "kd": Method(kd, ("fkl", *REVERSE_FIRST), solutions=True),
+    "gkd": Method(gkd, ("jsd", *REVERSE_FIRST), solutions=True),
     "opd": Method(opd, (*REVERSE_FIRST, "pg")),
     "mopd": Method(mopd, ("pg", *REVERSE_FIRST)),
     "camopd": Method(camopd, ("pg", *REVERSE_FIRST)),

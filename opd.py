@@ -673,7 +673,7 @@ def write_config(cfg):
 
 def check_prompts(run):
     """Before the first step: every row can be rendered, fits the model, and can be graded or learned from."""
-    cfg, learns = run.cfg, run.cfg.method in ("sft", "kd", "gkd")
+    cfg, learns = run.cfg, METHODS[run.cfg.method].solutions
     training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
     evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
     for path, branch, rows in training + evaluation:
