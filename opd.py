@@ -489,6 +489,8 @@ class Run:
         """The line of metrics.jsonl that says where the student started."""
         if self.state["step"] == 0:
             self.log("metrics", {"step": -1, "eval": self.evaluate(self.student)})
+        if self.state["step"] >= self.cfg.steps:
+            tqdm.write(f"{self.out} has done its {self.state['step']} steps; more --steps go on from there")
 
     def record(self, jobs, weights, stats):
         """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""

@@ -67,7 +67,7 @@ RECIPES = {
             "camopd-pg": TAUGHT | dict(method="camopd", loss="pg"),
         },
         columns={"covered": "general, covered", "uncovered": "general, uncovered", "domain": "domain"},
-        axes={"domain accuracy, %": ("domain",), "general accuracy, %": ("covered", "uncovered")},
+        axes={"domain accuracy, %": ("domain",), "general accuracy (covered skills), %": ("covered",)},
         references=("generalist", "specialist"),
         quick={"": dict(steps=24, eval_every=12, lr=5e-4), "generalist": dict(steps=200),
                "specialist": dict(steps=60)},

@@ -157,7 +157,7 @@ def draw_recipe(plt, recipe, results, path):
         mean_x, mean_y = ([statistics.mean(values) for values in axis] for axis in (x, y))
         if row in recipe.references:
             way.plot(mean_x[-1], mean_y[-1], "k*", markersize=12)
-            way.annotate(f" {row} ", (mean_x[-1], mean_y[-1]), ha="left" if mean_x[-1] < 70 else "right",
+            way.annotate(f"  {row}  ", (mean_x[-1], mean_y[-1]), ha="left" if mean_x[-1] < 70 else "right",
                          va="bottom")
             continue
         way.plot(mean_x, mean_y, marker="o", markersize=3, linewidth=1, color=colors[i % len(colors)])
