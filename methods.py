@@ -190,15 +190,20 @@ class Method:
     steps: Callable                         # the generator
     losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
     solutions: bool = False                 # learns from the prompt files' `solution`s
+    samples: bool = True                    # generates completions of the training prompts
 
 
-REVERSE_FIRST = ("rkl", *(name for name in DIVERGENCES if name != "rkl"))
+def any_divergence(first, *others):
+    """Names of all divergences, the method's own one first."""
+    return tuple(dict.fromkeys([first, *DIVERGENCES, *others]))
+
+
 METHODS = {
-    "sft": Method(sft, ("nll",), solutions=True),
+    "sft": Method(sft, ("nll",), solutions=True, samples=False),
     "seqkd": Method(seqkd, ("nll",)),
-    "kd": Method(kd, ("fkl", *REVERSE_FIRST), solutions=True),
-    "gkd": Method(gkd, ("jsd", *REVERSE_FIRST), solutions=True),
-    "opd": Method(opd, (*REVERSE_FIRST, "pg")),
-    "mopd": Method(mopd, ("pg", *REVERSE_FIRST)),
-    "camopd": Method(camopd, ("pg", *REVERSE_FIRST)),
+    "kd": Method(kd, any_divergence("fkl"), solutions=True, samples=False),
+    "gkd": Method(gkd, any_divergence("jsd"), solutions=True),
+    "opd": Method(opd, any_divergence("rkl", "pg")),
+    "mopd": Method(mopd, any_divergence("pg")),
+    "camopd": Method(camopd, any_divergence("pg")),
 }

@@ -73,9 +73,9 @@ def load(path, cfg, learns=False, weights=None):
     """A Model from anything from_pretrained takes. `weights`: read parameters from this folder instead."""
     transformers.utils.logging.disable_progress_bar()
     dtype, source = getattr(torch, cfg.dtype), weights or path
-    local = Path(path).expanduser()
-    if not local.is_dir() and (path[0] in "./~" or path.count("/") != 1 or local.parent.is_dir()):
-        fail(f"cannot load {path}: no such folder, and not a hub id (owner/name)")
+    local = Path(path)
+    if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
+        fail(f"cannot load {path}: no such folder, and not a hub id")
     if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
         fail(f"cannot load {path}: no tokenizer in this folder"
              + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
@@ -480,7 +480,7 @@ class Run:
         started = time.perf_counter()
         yield
         if self.student.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.student.device)
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - started
 
     # -- the folder
@@ -495,7 +495,7 @@ class Run:
     def record(self, jobs, weights, stats):
         """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
         cfg, state = self.cfg, self.state
-        stats |= {"seconds": self.clock, "memory_gib": peak_memory(),
+        stats |= {"seconds": self.clock, "memory_gib": peak_memory(self.student.device),
                   "sampled_tokens": state["sampled_tokens"]}
         self.clock = {}
         for job, ws in zip(jobs, weights):
@@ -593,10 +593,10 @@ def step_line(cfg, s):
     return " | ".join(parts)
 
 
-def peak_memory():
+def peak_memory(device):
     """GiB: the GPU allocator's peak, or on a CPU the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -638,7 +638,7 @@ def find_checkpoint(cfg):
     if out.exists() and not out.is_dir():
         fail(f"--out {out} is a file; it must be a folder")
     if not (out / "config.json").exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
             fail(f"--out {out} holds other files and no run; choose another --out")
         return None
     if not cfg.resume:
@@ -662,12 +662,15 @@ def find_checkpoint(cfg):
 
 def write_config(cfg):
     """OUT/config.json: every setting, with versions, commit, device and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:                             # no git on this machine
+        commit = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "opd": commit.stdout.strip() or "unknown"}
+                "transformers": transformers.__version__, "opd": commit or "unknown"}
     on_gpu, started = cfg.device.startswith("cuda"), time.strftime("%Y-%m-%d %H:%M:%S")
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(cfg.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     record = {**vars(cfg), "versions": versions, "device_name": device, "started": started}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_file(Path(cfg.out) / "config.json", json.dumps(record, indent=1))
@@ -675,14 +678,14 @@ def write_config(cfg):
 
 def check_prompts(run):
     """Before the first step: every row can be rendered, fits the model, and can be graded or learned from."""
-    cfg, learns = run.cfg, METHODS[run.cfg.method].solutions
+    cfg, method = run.cfg, METHODS[run.cfg.method]
     training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
     evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
     for path, branch, rows in training + evaluation:
         readers = dict.fromkeys([run.student, *([run.teachers[branch]] if branch in run.teachers else [])])
         for row in rows:
             where = f"{path}:{row['row']}"
-            if branch and learns and not isinstance(row.get("solution"), str):
+            if branch and method.solutions and not isinstance(row.get("solution"), str):
                 fail(f'{where} has no "solution" text, which --method {cfg.method} learns from')
             if not branch and "answer" not in row:
                 fail(f'{where} has no "answer", so it cannot be evaluated')
@@ -693,8 +696,8 @@ def check_prompts(run):
                         grade(row["grader"], "", row["answer"])
                 except Exception as error:      # templates and graders raise what they like
                     fail(f"{where}: {error}")
-                fixed = encode_completion(model.tok, row["solution"]) if branch and learns else None
-                length += len(fixed) if fixed else cfg.max_new_tokens
+                learned = encode_completion(model.tok, row["solution"]) if branch and method.solutions else []
+                length += max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
                 limit = getattr(model.net.config, "max_position_embeddings", None) or math.inf
                 if length > limit:
                     fail(f"{where}: prompt and completion can have {length} tokens, but {model.path} has "
@@ -725,15 +728,17 @@ def configure(argv=None):
     """The settings of a run: parsed, completed and checked, with one clear line for whatever cannot work."""
     known = flags.parser(__doc__, METHODS, LOSSES, recipes.RECIPES)
     cfg = known.parse_args(argv)
+    changed = {flag for flag, value in vars(cfg).items() if value != known.get_default(flag)}
     if cfg.recipe:
-        own = {"recipe", "out", "seeds", "quick", "jobs"}
-        for flag, value in vars(cfg).items():
-            if flag not in own and value != known.get_default(flag):
-                fail(f"--recipe sets every flag of its rows; --{flag} has no effect there")
+        for flag in changed - {"recipe", "out", "resume", "seeds", "quick", "jobs"}:
+            fail(f"--recipe sets every flag of its rows; --{flag} has no effect there")
         return cfg
+    for flag in changed & {"seeds", "quick", "jobs"}:
+        fail(f"--{flag} has no effect without --recipe")
     for flag in ("student", "prompts"):
         if not getattr(cfg, flag):
             fail(f"--{flag} is missing; python opd.py --help explains all flags")
+    cfg.student = str(Path(cfg.student).expanduser()) if cfg.student.startswith("~") else cfg.student
     cfg.prompts = flags.pairs(cfg.prompts, "--prompts", "main")
     cfg.eval_prompts = flags.pairs(cfg.eval_prompts, "--eval_prompts", "eval")
     cfg.teachers = flags.pairs(cfg.teachers, "--teachers", "")
@@ -758,8 +763,7 @@ def configure(argv=None):
             flags.shares("--schedule", cfg.schedule, branches)
     alternates = cfg.method == "camopd" and cfg.schedule != "mixed"
     if not alternates and not all(split(cfg.batch, cfg.mixture, branches).values()):
-        fail(f"--batch {cfg.batch} leaves a branch without prompts; it needs at least "
-             f"{sum(map(int, cfg.mixture.split(':'))) if cfg.mixture else len(branches)}")
+        fail(f"--batch {cfg.batch} leaves a branch without prompts in the mixture {cfg.mixture or 'of all'}")
     cfg.mass = flags.per_branch(cfg.mass, branches, "--mass", lambda branch: 0.8, most=1)
     cfg.scale = flags.per_branch(cfg.scale, branches, "--scale", lambda b: 2.0 if b == branches[0] else 1.0)
     if not any(cfg.scale.values()):
@@ -784,11 +788,18 @@ def main(argv=None):
         cfg = configure(argv)
         if getattr(cfg, "recipe", None):
             return recipes.run(cfg.recipe, cfg.out, cfg.seeds, cfg.quick, cfg.jobs)
-        train(Run(cfg))
-    except (ValueError, OSError) as error:          # bad data, full disks: found on the way, already in words
+        run = Run(cfg)
+    except (ValueError, OSError) as error:          # bad data and files, already in words
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues from the last checkpoint")
+        fail("interrupted; the same command again continues where it was")
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        fail(f"interrupted after step {run.state['step']}; the same command with --resume continues from "
+             f"the last checkpoint in {run.out}")
+    except OSError as error:                        # a full disk, say
+        fail(error)
 
 
 if __name__ == "__main__":

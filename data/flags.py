@@ -20,6 +20,8 @@ def pairs(values, flag, default):
         name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
         if name and Path(value).exists():           # a path with = in it
             name, found = None, value
+        if found.startswith("~"):                   # the shell leaves BRANCH=~/x alone
+            found = str(Path(found).expanduser())
         if not found:
             fail(f"{flag} {value!r} names nothing")
         if name is None and len(values) > 1:
@@ -46,13 +48,12 @@ def per_branch(values, branches, flag, default, most=math.inf):
 
 
 def shares(flag, text, branches):
-    """"3:1" -> checked: one positive whole number for each branch."""
+    """Check "3:1": one positive whole number for each branch."""
     counts = text.split(":")
     if len(counts) != len(branches) or not all(n.isdecimal() and int(n) for n in counts):
         example = ":".join(["3", "1", "1", "1", "1"][:len(branches)])
         fail(f"{flag} {text} is not a positive whole number for each of the {len(branches)} branches "
              f"({', '.join(branches)}), as in {example}")
-    return text
 
 
 def number(kind, least=None, above=None, most=math.inf):
@@ -60,7 +61,7 @@ def number(kind, least=None, above=None, most=math.inf):
     def parse(text):
         value = kind(text)
         enough = value >= least if above is None else value > above
-        if not (enough and value <= most and math.isfinite(value)):
+        if not (enough and value <= most and value < math.inf):
             low = f"at least {least}" if above is None else f"above {above}"
             high = f" and at most {most}" if most < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {low}{high}")
@@ -127,9 +128,10 @@ def parser(about, methods, losses, recipes):
         help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
     add("--schedule", metavar="N:M",
         help="camopd: N steps of the first branch, M of the second, ..; "
-             "'mixed': all in every step; CaMOPD eq. 5")
-    add("--mass", nargs="+", default=["0.8"], metavar="[BRANCH=]RHO",
-        help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; CaMOPD eq. 8")
+             "'mixed': all in every step; default: 3:1; CaMOPD eq. 5")
+    add("--mass", nargs="+", default=[], metavar="[BRANCH=]RHO",
+        help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; default: 0.8; "
+             "CaMOPD eq. 8")
     add("--scale", nargs="+", default=[], metavar="[BRANCH=]R",
         help="camopd: factor on the branch's loss; "
              "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")

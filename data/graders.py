@@ -24,13 +24,13 @@ def number(completion, answer):
 
 
 def boxed(completion, answer):
-    found = last_boxed(completion)
-    if found is None:
-        return 0.0
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise SystemExit("grader 'boxed' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+        raise ValueError("grader 'boxed' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+    found = last_boxed(completion)
+    if found is None:
+        return 0.0
     return float(verify(parse(f"${answer}$"), parse(f"${found}$")))         # gold first: the order matters
 
 

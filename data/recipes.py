@@ -7,13 +7,15 @@ report.md and curves.png.
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import report
+from .files import write_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ RECIPES = {
         columns={"covered": "general, covered", "uncovered": "general, uncovered", "domain": "domain"},
         axes={"domain accuracy, %": ("domain",), "general accuracy (covered skills), %": ("covered",)},
         references=("generalist", "specialist"),
-        quick={"": dict(steps=24, eval_every=12, lr=5e-4), "generalist": dict(steps=200),
+        quick={"": dict(steps=16, eval_every=8, lr=5e-4), "generalist": dict(steps=160),
                "specialist": dict(steps=60)},
         expected={"full": {                                 # 5 seeds, 2 CPU cores, torch 2.13.0
             "generalist": [(95.2, 0.6), (96.7, 1.6), (46.2, 0.6)],
@@ -83,7 +85,7 @@ RECIPES = {
             "camopd": [(80.7, 2.3), (25.5, 7.8), (87.4, 1.7)],
             "mopd-pg": [(71.0, 5.9), (22.3, 5.3), (88.5, 1.5)],
             "camopd-pg": [(69.8, 3.1), (21.7, 6.7), (85.4, 3.1)]}},
-        quick_prepare=["--generalist", "26000", "--specialist", "8000", "--evaluation", "240"],
+        quick_prepare=["--generalist", "21000", "--specialist", "8000", "--evaluation", "240"],
     ),
 }
 
@@ -91,33 +93,34 @@ RECIPES = {
 def run(name, out, seeds, quick, jobs=1):
     """Run what a recipe lacks for seeds 0 .. seeds - 1, `jobs` seeds at a time; print and write its table."""
     recipe, form = RECIPES[name], "quick" if quick else "full"
-    out = Path(os.path.relpath(out or ROOT / "runs" / (f"{name}-quick" if quick else name), ROOT))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ThreadPoolExecutor(jobs)
+    out = Path(out).resolve() if out else ROOT / "runs" / (f"{name}-quick" if quick else name)
+    out, threads = Path(os.path.relpath(out, ROOT)), max(1, (os.cpu_count() or 1) // jobs)
+    pool, stop = ThreadPoolExecutor(jobs), threading.Event()
+    running = [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, form, threads, stop)
+               for seed in range(seeds)]
     try:
-        for done in [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, quick, threads)
-                     for seed in range(seeds)]:
+        for done in as_completed(running):
             done.result()
     finally:
-        pool.shutdown(cancel_futures=True)          # a row that failed, or Ctrl-C, ends the recipe
+        stop.set()                              # a row that failed, or Ctrl-C, ends the other seeds' rows too
+        pool.shutdown(cancel_futures=True)
     report.write_recipe(name, recipe, Path(os.path.relpath(ROOT / out)), seeds, form)
 
 
-def run_seed(recipe, folder, seed, quick, threads):
-    """The rows of one seed, in order. A row that is finished costs nothing."""
-    form, prepared = "quick" if quick else "full", ROOT / folder / "prepared"
+def run_seed(recipe, folder, seed, form, threads, stop):
+    """The rows of one seed, in order, until `stop` is set. A row that is finished costs nothing."""
+    quick, prepared = form == "quick", ROOT / folder / "prepared"
     if not prepared.exists():
         extra = recipe.quick_prepare if quick else []
-        call(["-m", *(fill(x, folder, seed) for x in recipe.prepare), *extra], f"{folder}: data",
-             folder / "data.log", threads)
-        prepared.write_text(form)
+        call(["-m", *(fill(x, folder, seed) for x in recipe.prepare), *extra], "data", folder, threads)
+        write_file(prepared, form)
     if prepared.read_text() != form:
-        raise SystemExit(f"{folder} holds the {prepared.read_text()} form of this recipe; "
+        raise SystemExit(f"opd.py: {ROOT / folder} holds the {prepared.read_text()} form of this recipe; "
                          "choose another --out")
     for number, row in enumerate(recipe.rows, 1):
-        if not (ROOT / folder / row / "final").exists():
-            call(["opd.py", *arguments(recipe, row, folder, seed, quick)],
-                 f"{folder}: {row} ({number}/{len(recipe.rows)})", folder / f"{row}.log", threads)
+        if not stop.is_set() and not (ROOT / folder / row / "final").exists():
+            call(["opd.py", *arguments(recipe, row, folder, seed, quick)], row, folder, threads,
+                 f"({number}/{len(recipe.rows)})")
 
 
 def arguments(recipe, row, folder, seed, quick):
@@ -136,14 +139,15 @@ def fill(value, folder, seed):
     return value.format(dir=folder, seed=seed) if isinstance(value, str) else str(value)
 
 
-def call(argv, title, log, threads):
-    """One child process: its lines go to `log`, its progress bar and errors to the terminal."""
-    print(title, flush=True)
-    (ROOT / log).parent.mkdir(parents=True, exist_ok=True)
-    with open(ROOT / log, "a") as lines:
+def call(argv, row, folder, threads, position=""):
+    """One child process: its lines go to FOLDER/ROW.log, its progress bar and errors to the terminal."""
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    log = ROOT / folder / f"{row}.log"
+    print(f"{folder.name}: {row} {position}", flush=True)
+    with open(log, "a") as lines:
         code = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads),
                                    "PYTHONUNBUFFERED": "1"}).returncode
     if code:
-        raise SystemExit(f"{title}: failed with exit code {code}; the same command again continues. "
-                         f"Its output: {log}")
+        raise SystemExit(f"opd.py: {folder.name}: {row} ended with exit code {code} (its output: "
+                         f"{os.path.relpath(log)}); the same command again continues")

@@ -21,7 +21,7 @@ def rollouts(run, seed=0, count=6):
         ids_T = torch.randint(3, run.student.vocab, (1 + i,), generator=g)
         if i % 2:
             ids_T = torch.cat([ids_T, torch.tensor(run.student.stops)])
-        logp_T = -4 + 2 * torch.randn(len(ids_T), generator=g)  # importance weights on both sides of the bounds
+        logp_T = -4 + 2 * torch.randn(len(ids_T), generator=g)  # importance weights beyond both bounds
         out.append(Rollout({"prompt": WORD_ROWS[i % 5]["prompt"], "branch": "main"}, ids_T, logp_T))
     return out
 
@@ -88,7 +88,7 @@ def test_gradient_of_any_micro_batches_is_float64_autograd_on_the_whole(start, l
         assert ((w_N < 0.1) | (w_N > 10)).any() and ((w_N > 0.1) & (w_N < 10)).sum() > 5
     assert value == pytest.approx(expected.item(), rel=1e-6)
     exact = gradients(run.student)
-    assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()     # log-probs and gaps are float32 statistics
+    assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()     # gaps are float32 statistics
 
 
 def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
