@@ -297,8 +297,8 @@ def score(job, cfg):
         return
     assert job.objective.label != "pg" or all(r.logp_T is not None for r in job.rollouts), \
         "pg needs sampled rollouts"
-    lp, lq = (log_probs(model, job.rollouts, job.objective, cfg, teacher=model is job.teacher)
-              for model in (job.student, job.teacher))
+    lp = log_probs(job.student, job.rollouts, job.objective, cfg)
+    lq = log_probs(job.teacher, job.rollouts, job.objective, cfg, teacher=True)
     for rollout, lp_T, lq_T in zip(job.rollouts, lp, lq):
         rollout.lp_T, rollout.gap_T = lp_T, lq_T - lp_T
 
