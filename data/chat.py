@@ -61,8 +61,9 @@ def load_prompts(source, branch):
 
 
 def is_chat(prompt):
-    return isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys()
-                                            for m in prompt)
+    return isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in prompt)
 
 
 def encode_prompt(tok, prompt, template_kwargs=None):

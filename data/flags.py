@@ -139,7 +139,7 @@ def parser(about, methods, losses, recipes):
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=COUNT, default=100, help="optimizer steps")
     add("--batch", type=COUNT, default=32, help="prompts per step")
-    add("--rollouts", type=COUNT, default=1, help="completions per prompt")
+    add("--rollouts", type=COUNT, default=1, help="completions per prompt that the student samples")
     add("--lr", type=POSITIVE, default=1e-5, help="peak learning rate")
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="after the warm-up")
@@ -173,7 +173,7 @@ def parser(about, methods, losses, recipes):
         help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
     add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")
     add("--save_every", type=AMOUNT, default=100, help="steps between checkpoints; 0 = at the end only")
-    add("--log_samples", type=AMOUNT, default=2, help="rollouts per step and branch that samples.jsonl keeps")
+    add("--log_samples", type=AMOUNT, default=2, help="rollouts per step and Job that samples.jsonl keeps")
 
     add = p.add_argument_group("recipes: a whole table in one command (data/recipes.py)").add_argument
     add("--recipe", choices=recipes,

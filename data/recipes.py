@@ -28,7 +28,7 @@ class Recipe:
     columns: dict                   # evaluation set -> heading
     axes: dict                      # of the picture, x then y: title -> evaluation sets, averaged
     references: tuple               # rows that are teachers, not results
-    quick: dict                     # row -> flags that --quick replaces; "" = of every row
+    quick: dict                     # row -> flags that --quick replaces; "" = of every other row
     quick_prepare: list = field(default_factory=list)
     expected: dict = field(default_factory=dict)    # "full" or "quick" -> row -> (mean, spread) per column, %
 
@@ -45,7 +45,8 @@ RECIPES = {
         about="The small world: a generalist forgets while it specialises; recover the general skills, keep "
               "the domain. References are few (sft, kd, gkd learn from them), prompts four times as many. "
               "covered = general skills with proxy prompts, uncovered = general skills without any; opd, "
-              "mopd, camopd use the full-vocabulary reverse KL, -pg the sampled-token policy gradient.",
+              "mopd, camopd use the full-vocabulary reverse KL, -pg the sampled-token policy gradient. "
+              "Accuracy in %, greedy.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
         common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512,
                     eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl"

@@ -90,7 +90,7 @@ def draw_run(plt, steps, evals, path):
 # ---- recipes -----------------------------------------------------------------------------------------------
 
 def collect(recipe, out, seeds):
-    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], "tokens": [..]}} of a recipe's runs."""
+    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], ..}} of a recipe's runs."""
     results = {}
     for row in recipe.rows:
         runs = [read_metrics(out / f"seed{seed}" / row) for seed in range(seeds)]
@@ -126,8 +126,8 @@ def write_recipe(name, recipe, out, seeds, form):
         record[row] |= {"minutes": found["minutes"], "sampled_tokens": found["sampled_tokens"]}
         table.append([row, *cells, f"{statistics.mean(found['minutes']):.1f}"])
     config = json.loads((out / "seed0" / next(iter(recipe.rows)) / "config.json").read_text())
-    about = (f"{recipe.about} Accuracy in %, greedy; mean ± standard deviation of {seeds} seed(s); "
-             f"training minutes per seed. {config['device_name']}, torch {config['versions']['torch']}, "
+    about = (f"{recipe.about} Mean ± standard deviation of {seeds} seed(s), training minutes per seed. "
+             f"{config['device_name']}, torch {config['versions']['torch']}, "
              f"{form} form.")
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
     (out / "results.json").write_text(json.dumps({

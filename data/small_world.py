@@ -12,8 +12,8 @@ slip ruins everything after it:
 `python -m data.small_world OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and the
 prompt files:
 
-    generalist.jsonl   unlimited: all general skills and some of the domain, for training the general teacher
-    specialist.jsonl   unlimited: the domain only, for training the domain teacher (which forgets the rest)
+    generalist.jsonl   many: all general skills and some of the domain, for training the general teacher
+    specialist.jsonl   many: the domain only, for training the domain teacher (which forgets the rest)
     general.jsonl      the proxy prompts of distillation: fixed, no solutions, only for the skills in COVERED
     domain.jsonl       the domain prompts of distillation, half as many
     general_references.jsonl, domain_references.jsonl

@@ -10,7 +10,7 @@ import torch
 
 from losses import FLOOR, lookup, mix
 
-CHUNK_BYTES = 256 << 20     # both logit buffers together; a CUDA row block adds about three times as much
+CHUNK_BYTES = 256 << 20     # both logit buffers; on CUDA a chunk's temporaries of the same shape come on top
 BLOCK = 400_000             # logits per block of rows on a CPU: with their temporaries they stay in the cache
 
 

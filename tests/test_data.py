@@ -44,6 +44,7 @@ def test_unknown_grader_lists_the_known_ones():
 @pytest.mark.parametrize("line, message", [
     ("{", r"rows.jsonl:2: not JSON"), ("[1]", "non-empty"), ('{"prompt": ""}', "non-empty"),
     ('{"prompt": [{"role": "user"}]}', "messages"),
+    ('{"prompt": [{"role": "user", "content": 7}]}', "messages"),
     ('{"prompt": "a", "answer": "b", "grader": "judge"}', "there are")])
 def test_bad_prompt_rows_are_named_by_line(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "fine"}\n' + line)
