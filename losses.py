@@ -2,9 +2,9 @@
 
 An objective is four orthogonal choices, and the fused operation in kernels/ takes each of them separately:
 
-    row      one divergence, as a formula per vocabulary entry            DIVERGENCES, this file
-    target   the teacher's logits become a * w + b * sg(z)                (1, 0) is the teacher itself
-    support  which vocabulary entries count                               full
+    row      one divergence, as a formula per vocabulary entry            DIVERGENCES
+    target   the teacher's logits become a * w + b * sg(z)                TARGETS, mix
+    support  which vocabulary entries count                               SUPPORTS, total
     weight   one number per token: padding, selection, scale, advantage   methods.py and the loop
 
 A row is `(lp, lq, p, q, knob) -> (value, slope)` with lp = log p(v), lq = log q(v), for one vocabulary
@@ -18,20 +18,38 @@ The sampled-token losses fit too: -log p(y) has slope -1 at v = y and 0 elsewher
 reference tokens it is maximum likelihood; with the advantage as weight on the student's own tokens it is a
 policy gradient.
 
-To add a divergence: one function here, decorated with its default knob. The command line, the backends in
-kernels/ and the parametrised tests pick it up.
+To add a divergence: one function here with the name of its knob, the same lines in kernels/rows_triton.py.
+The command line, the other backends and the parametrised tests pick it up.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-FLOOR = -1e5        # log-probabilities are floored here, so -inf logits stay finite: exp(FLOOR) is exactly 0
-DIVERGENCES = {}    # name -> (row, default knob)
+FLOOR = -1e5        # logits are floored here, so that -inf stays finite: its probability is exactly 0
+MASKED = -1e30      # logit of an entry that is left out; finite, since -inf minus -inf is not a number
+CLAMP = 70.0        # largest exponent of power and alpha_beta: a sum of e^70 over a vocabulary is finite
 
 
-def row(knob=None):
+# ---- rows --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """A divergence. `knob` is the name of its parameter, on the command line too; None: it has none."""
+    formula: Callable
+    knob: str | None
+    default: float | tuple | None
+    about: str                          # of the knob
+    usable: Callable                    # knob -> whether it makes sense
+    elementwise: bool
+
+
+DIVERGENCES = {}    # name -> Row
+
+
+def row(knob=None, default=None, about="", usable=lambda knob: True, elementwise=True):
     def register(formula):
-        DIVERGENCES[formula.__name__] = formula, knob
+        DIVERGENCES[formula.__name__] = Row(formula, knob, default, about, usable, elementwise)
         return formula
     return register
 
@@ -45,68 +63,227 @@ def fkl(lp, lq, p, q, knob):
 @row()
 def rkl(lp, lq, p, q, knob):
     """Reverse KL(p || q) = sum p (lp - lq): p keeps to what q approves of. MiniLLM, 2306.08543, eq. 1."""
-    return p * (lp - lq), p * (lp - lq + 1)
+    value = p * (lp - lq)
+    return value, value + p
 
 
-@row(knob=0.5)
-def jsd(lp, lq, p, q, knob):
+@row("jsd_beta", 0.5, "weight of the teacher in the mixture, between 0 and 1 (use fkl and rkl there); "
+     "GKD 2306.13649", lambda b: 0 < b < 1)
+def jsd(lp, lq, p, q, b):
     """Generalised Jensen-Shannon: b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p.
 
-    GKD, 2306.13649, eq. 1, where 0 < b < 1 is the weight of the teacher in the mixture. The scale vanishes at
-    both ends: jsd / b -> fkl as b -> 0 and jsd / (1 - b) -> rkl as b -> 1. Use fkl and rkl there; b = 0 or 1
-    is refused rather than silently rescaled.
+    GKD, 2306.13649, eq. 1. The scale vanishes at both ends: jsd / b -> fkl as b -> 0 and jsd / (1 - b) -> rkl
+    as b -> 1. Use fkl and rkl there; b = 0 or 1 is refused rather than silently rescaled.
     """
-    b = torch.as_tensor(knob, dtype=lp.dtype, device=lp.device)
-    lm = torch.logaddexp(lq + b.log(), lp + (-b).log1p())         # the mixture never leaves log space
+    lm = log_mixture(b, q, p)
     pull = (1 - b) * p * (lp - lm)                                # the terms through m cancel in the slope
     return b * q * (lq - lm) + pull, pull
+
+
+@row()
+def jeffreys(lp, lq, p, q, knob):
+    """KL(q || p) + KL(p || q)."""
+    ratio = lp - lq
+    return (p - q) * ratio, p * ratio + (p - q)
+
+
+SKEW = ("skew_alpha", 0.1, "weight of the expectation's own distribution in the mixture, between 0 and 1; "
+        "DistiLLM 2402.03898", lambda a: 0 < a < 1)
+
+
+@row(*SKEW)
+def skew_fkl(lp, lq, p, q, a):
+    """KL(q || a q + (1 - a) p). DistiLLM, 2402.03898."""
+    lm = log_mixture(a, q, p)
+    return q * (lq - lm), (a - 1) * p * torch.exp(lq - lm)
+
+
+@row(*SKEW)
+def skew_rkl(lp, lq, p, q, a):
+    """KL(p || (1 - a) q + a p). DistiLLM, 2402.03898."""
+    lm = log_mixture(a, p, q)
+    value = p * (lp - lm)
+    return value, value + p - a * p * torch.exp(lp - lm)
+
+
+@row("todi_beta", 1.0, "how sharply log q/p decides between forward and reverse, above 0; ToDi 2505.16297",
+     lambda b: b > 0)
+def todi(lp, lq, p, q, b):
+    """Token-wise: sum a q (lq - lp) + (1 - a) p (lp - lq) with a = sg sigmoid(b (lq - lp)). 2505.16297."""
+    ratio = lp - lq
+    a = torch.sigmoid(-b * ratio).detach()
+    return ((1 - a) * p - a * q) * ratio, (1 - a) * p * (ratio + 1) - a * q
+
+
+@row("power_lambda", 2 / 3, "order of D_lambda(q || p), not 0 (fkl) or -1 (rkl); -1 - lambda swaps q and p; "
+     "REDistill 2602.04677", lambda lam: lam not in (0, -1))
+def power(lp, lq, p, q, lam):
+    """Cressie-Read: 1 / (lam (lam + 1)) sum q [(q / p)^lam - 1]. REDistill, 2602.04677, takes lam = 2/3."""
+    r = clamped_exp(lq + lam * (lq - lp))
+    return (r - q) / (lam * (lam + 1)), -r / (lam + 1)
+
+
+@row("akl_mu", 0.5, "teacher's probability that counts as the head, between 0 and 1; 2404.02657",
+     lambda mu: 0 < mu < 1, elementwise=False)
+def akl(lp, lq, p, q, mu):
+    """Adaptive KL: forward and reverse KL weighted by the gaps |p - q| in q's head and tail. 2404.02657.
+
+    Head: the teacher's largest entries that hold up to mu of its mass, the largest one always. Sorts every
+    row, so there is no Triton version, and only the full vocabulary.
+    """
+    order = q.argsort(dim=-1, descending=True, stable=True)
+    in_order = q.gather(-1, order).cumsum(-1) <= mu
+    in_order[..., 0] = True
+    head = torch.zeros_like(in_order).scatter(-1, order, in_order)
+    gap = (p - q).abs().detach()
+    head_gap = (gap * head).sum(-1, keepdim=True)
+    share = head_gap / gap.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    ratio = lp - lq
+    return ((1 - share) * p - share * q) * ratio, (1 - share) * p * (ratio + 1) - share * q
+
+
+@row("alpha_beta", (0.2, 0.7), "the two exponents, none of A, B, A + B may be 0 (1 0 is fkl, 0 1 is rkl); "
+     "ABKD 2505.04560", lambda k: k[0] * k[1] * (k[0] + k[1]) != 0)
+def alpha_beta(lp, lq, p, q, knob):
+    """-1/(ab) sum q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b). ABKD, 2505.04560."""
+    a, b = knob
+    r, q_ab, p_ab = clamped_exp(a * lq + b * lp), clamped_exp((a + b) * lq), clamped_exp((a + b) * lp)
+    return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
+
+
+@row()
+def tvd(lp, lq, p, q, knob):
+    """Total variation: 1/2 sum |p - q|."""
+    return 0.5 * (p - q).abs(), 0.5 * p * torch.sign(p - q)
+
+
+def log_mixture(a, p, q):
+    """log(a p + (1 - a) q). A sum of positive terms cancels nothing; where both are 0 any finite value does."""
+    return torch.log((a * p).add_(q, alpha=1 - a).clamp_(min=torch.finfo(p.dtype).tiny))
+
+
+def clamped_exp(x):
+    """e^x with x no larger than CLAMP; its slope does not vanish there: a student far off is still pulled."""
+    return torch.exp(x - (x - CLAMP).clamp(min=0).detach())
 
 
 def lookup(name, knob=None):
     """(row, knob) of a divergence; knob None: the paper's default. Refuses unknown names, unusable knobs."""
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; there are: {', '.join(DIVERGENCES)}")
-    formula, default = DIVERGENCES[name]
-    if knob is not None and default is None:
+    row = DIVERGENCES[name]
+    if knob is not None and row.knob is None:
         raise ValueError(f"divergence {name!r} has no knob, but was given {knob}")
-    knob = default if knob is None else knob
-    if name == "jsd" and not 0 < knob < 1:
-        raise ValueError(f"jsd needs 0 < beta < 1, not {knob}: its scale vanishes at the ends; "
-                         "use fkl or rkl there")
-    return formula, knob
+    knob = row.default if knob is None else knob
+    if row.knob and not row.usable(knob):
+        raise ValueError(f"{name} cannot use {row.knob} {knob}; it is the {row.about or name}")
+    return row, knob
 
 
-def floored_log_softmax(logits_NV):
-    return torch.log_softmax(logits_NV, -1).clamp(min=FLOOR)
-
-
-def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0)):
-    """The dense reference: divergence of softmax(z / temperature) from the target, per token.
-
-    z_NV: the student's logits, any float dtype (float64 stays float64); differentiable in z only.
-    w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first.
-    Returns value_N in nats. Materialises several [N, V] tensors: use kernels.linear_divergence to train.
-    """
-    formula, knob = lookup(name, knob)
-    lp = floored_log_softmax(z_NV / temperature)
-    with torch.no_grad():
-        lq = floored_log_softmax(mix(z_NV, w_NV, target) / temperature)
-    return formula(lp, lq, lp.exp(), lq.exp(), knob)[0].sum(-1)
-
+# ---- targets and supports ----------------------------------------------------------------------------------
 
 def mix(z, w, target):
-    """The logits of the target: a * w + b * z. A zero factor drops its term, so 0 * -inf cannot arise."""
+    """The logits of the target: a * w + b * z. A zero factor drops its term."""
     a, b = target
     if b == 0:
         return w if a == 1 else a * w
     return b * z if a == 0 else a * w + b * z
 
 
+def target_at(name, start, done):
+    """The (a, b) of `mix` when the fraction `done` (0 to 1) of the training is over.
+
+    teacher   (1, 0) throughout
+    veto      (1, beta): q p^beta, renormalised. beta falls linearly from `start` to 0. Veto, 2601.07155
+    taid      (t, 1 - t): t rises linearly from `start` to 1. TAID, 2501.16937, without its adaptive pace
+    """
+    return {"teacher": (1.0, 0.0), "veto": (1.0, start * (1 - done)),
+            "taid": (start + (1 - start) * done, (1 - start) * (1 - done))}[name]
+
+
+SUPPORTS = ("full", *(f"{whose}_{form}" for whose in ("student", "teacher")
+                      for form in ("raw", "sg", "renorm", "tail")))
+
+
+def top_entries(logits_NV, k):
+    """Boolean [N, V]: the k largest logits of every row, and all that tie with the last of them."""
+    return logits_NV >= logits_NV.topk(min(k, logits_NV.shape[-1]), -1).values[..., -1:]
+
+
+def restrict(logits_NV, keep_NV):
+    """Logits with no probability outside `keep_NV`."""
+    return logits_NV.masked_fill(~keep_NV, MASKED)
+
+
+def total(name, knob, lp, lq, p, q, keep=None, form=None):
+    """(value_N, slope_NV) of a divergence from the log-probabilities of a support's entries.
+
+    keep None: the full vocabulary, or renormalised logits. Otherwise the top-k entries count, and `form` says
+    what becomes of the others ("The Many Faces of OPD", 2605.11182):
+
+    raw    nothing. At p = q the gradient is not 0 but c times that of the kept mass, c as in `mass_slope`
+    sg     nothing, and the slope loses that c p: for rkl, sum p (sg[lp] - lq)
+    tail   they are one more entry, with the sum of their probabilities
+    """
+    formula = DIVERGENCES[name].formula
+    value, slope = formula(lp, lq, p, q, knob)
+    if keep is None:
+        return value.sum(-1), slope
+    if form == "sg":
+        c = mass_slope(name, knob)
+        value, slope = value - c * (p - p.detach()), slope - c * p
+    value, slope = (value * keep).sum(-1), slope * keep
+    if form == "tail":
+        lp_tail, lq_tail = (torch.logsumexp(x.masked_fill(keep, MASKED), -1, keepdim=True) for x in (lp, lq))
+        value_tail, slope_tail = formula(lp_tail, lq_tail, lp_tail.exp(), lq_tail.exp(), knob)
+        value = value + value_tail[..., 0]
+        slope = torch.where(keep, slope, slope_tail * (lp - lp_tail).exp())
+    return value, slope
+
+
+def mass_slope(name, knob):
+    """c with slope = c p wherever p = q. Over the full vocabulary it has no effect, on a part of it it has."""
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return DIVERGENCES[name].formula(zero, zero, one, one, knob)[1].item()
+
+
+def check_support(name, support, top_k):
+    """Refuse a support that does not exist, lacks its top_k, or that the divergence cannot use."""
+    if support not in SUPPORTS:
+        raise ValueError(f"unknown support {support!r}; there are: {', '.join(SUPPORTS)}")
+    if (support == "full") != (top_k is None) or (top_k is not None and top_k < 1):
+        raise ValueError(f"support {support!r} with top_k {top_k}: every support but 'full' needs a top_k of "
+                         "at least 1, 'full' has none")
+    if support != "full" and not DIVERGENCES[name].elementwise:
+        raise ValueError(f"{name} needs the full vocabulary, not support {support!r}")
+
+
+def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0), support="full",
+               top_k=None):
+    """The dense reference: divergence of softmax(z / temperature) from the target, per token.
+
+    z_NV: the student's logits, any float dtype (float64 stays float64); differentiable in z only.
+    w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first.
+    support, top_k: which entries count; the top k are of the logits z or w.
+    Returns value_N in nats. Materialises several [N, V] tensors: use kernels.linear_divergence to train.
+    """
+    _, knob = lookup(name, knob)
+    check_support(name, support, top_k)
+    whose, _, form = support.partition("_")
+    z_NV, w_NV = z_NV.clamp(min=FLOOR), w_NV.detach().clamp(min=FLOOR)
+    keep = None if support == "full" else top_entries(z_NV.detach() if whose == "student" else w_NV, top_k)
+    z, w = z_NV / temperature, mix(z_NV.detach(), w_NV, target) / temperature
+    if form == "renorm":
+        z, w, keep = restrict(z, keep), restrict(w, keep), None
+    lp, lq = torch.log_softmax(z, -1), torch.log_softmax(w, -1)
+    return total(name, knob, lp, lq, lp.exp(), lq.exp(), keep, form)[0]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a Job minimises, token by token. Exactly one of `divergence` and `label` is set.
 
-    divergence   a name in DIVERGENCES, with its knob
+    divergence   a name in DIVERGENCES, with its knob, target, support and top_k
     label        "nll": -log p(y), maximum likelihood on the tokens as they are
                  "pg":  -w A log p(y) with A = sg[lq(y) - lp(y)] and the weight w of `importance_weight`: the
                  sampled-token reverse KL as a policy gradient. CaMOPD, 2605.27115, eq. 1-2.
@@ -118,6 +295,8 @@ class Objective:
     knob: float | None = None
     temperature: float = 1.0
     target: tuple = (1.0, 0.0)
+    support: str = "full"
+    top_k: int | None = None
     importance: tuple = (0.5, 2.0)
 
     def __post_init__(self):

@@ -9,14 +9,15 @@ and only scaled in backward.
 Backends, one result: "torch" (chunked.py: any device, any dtype) and "dense" (the oracle: plain autograd on
 whole logits).
 """
+import os
+
 import torch
 
-from losses import divergence as dense_divergence
-from losses import lookup, mix
+from losses import DIVERGENCES, FLOOR, check_support, divergence, lookup, mix
 
-from . import chunked
+from . import chunked, rows_torch
 
-BACKENDS = ("torch", "dense")
+BACKENDS = ("triton", "torch", "dense")
 
 
 def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=None, *, divergence="rkl",
@@ -43,11 +44,12 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     logprob_s, logprob_t; the _t entries describe the target. Tokens whose weights are both 0 are skipped and
     read 0 in stats.
     """
-    lookup(divergence, knob)
-    if support != "full" or top_k is not None:
-        raise ValueError(f"support {support!r} with top_k {top_k}: only 'full' is available")
-    return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N,
-                 divergence, knob, temperature, target, vocab, softcap_s, softcap_t, chunk_bytes, backend)
+    _, knob = lookup(divergence, knob)
+    check_support(divergence, support, top_k)
+    return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N, backend,
+                 divergence=divergence, knob=knob, temperature=temperature, target=target, vocab=vocab,
+                 support=support, top_k=top_k, softcap_s=softcap_s, softcap_t=softcap_t,
+                 chunk_bytes=chunk_bytes)
 
 
 def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1.0, vocab=None, softcap=None,
@@ -59,12 +61,12 @@ def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1
     """
     if weight_N is None:
         weight_N = torch.ones(len(labels_N), device=hidden_NH.device)
-    return _loss(hidden_NH, head_VH, None, None, None, labels_N, weight_N, None, None,
-                 temperature, (1.0, 0.0), vocab, softcap, None, chunk_bytes, backend)
+    return _loss(hidden_NH, head_VH, None, None, None, labels_N, weight_N, backend, temperature=temperature,
+                 vocab=vocab, softcap_s=softcap, chunk_bytes=chunk_bytes)
 
 
-def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, divergence, knob, temperature,
-          target, vocab, softcap_s, softcap_t, chunk_bytes, backend):
+def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, backend, *, temperature, vocab,
+          **scalars):
     N, rows = len(hidden_s), [len(head) for head in (head_s, head_t) if head is not None]
     vocab = min(rows) if vocab is None else vocab
     for name, x in dict(hidden_t=hidden_t, weight=weight, labels=labels, label_weight=label_weight).items():
@@ -74,27 +76,43 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, dive
         "labels outside the shared vocabulary"
     assert label_weight is None or labels is not None, "label_weight_N needs labels_N"
     assert temperature > 0, temperature
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
-
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     if head_t is not None and weight is None:
         weight = hidden_s.new_ones(N, dtype=work)
     weight, label_weight = (x if x is None else x.detach().to(work) for x in (weight, label_weight))
-    spec = chunked.Spec(divergence, knob, temperature, target, vocab, softcap_s, softcap_t, chunk_bytes)
+    spec = chunked.Spec(temperature=temperature, vocab=vocab, **scalars)
+    backend = _choose(backend, hidden_s, spec.divergence)
     if backend == "dense":
         return _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work)
-    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec,
+    if backend == "triton":
+        from . import rows_triton as rows       # where there is no GPU, there may be no triton
+    else:
+        rows = rows_torch
+    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, rows.fill,
                                 torch.is_grad_enabled())
     return loss, dict(zip(spec.stats(labels), stats))
 
 
+def _choose(backend, hidden, name):
+    """The backend to use: the one asked for, where it can do this, or the fastest that can."""
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    sorts = name is not None and not DIVERGENCES[name].elementwise
+    on_gpu = hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if backend is None:
+        return "triton" if hidden.is_cuda and not sorts and hidden.dtype != torch.float64 else "torch"
+    if backend == "triton" and (sorts or hidden.dtype == torch.float64 or not on_gpu):
+        raise ValueError(f"backend 'triton' cannot do {name or 'this'} on {hidden.dtype} on {hidden.device.type}: it "
+                         "needs a GPU, no float64, and a divergence without a sort; use 'torch'")
+    return backend
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, grad):
+    def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, fill, grad):
         dX, dW = (grad and need for need in ctx.needs_input_grad[:2])
-        loss, stats, dX, dW = chunked.run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight,
-                                          spec, dX, dW)
+        loss, stats, dX, dW = chunked.run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels,
+                                          label_weight, spec, dX, dW)
         ctx.save_for_backward(dX, dW)
         stats = tuple(stats[name] for name in spec.stats(labels))
         ctx.mark_non_differentiable(*stats)
@@ -103,37 +121,35 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         dX, dW = ctx.saved_tensors
-        scaled = (g if g is None else (g * upstream).to(g.dtype) for g in (dX, dW))
-        return *scaled, None, None, None, None, None, None, None
+        if not (upstream.is_cpu and upstream == 1):             # the usual case, and a pass over the head
+            dX, dW = (g if g is None else (g * upstream).to(g.dtype) for g in (dX, dW))
+        return dX, dW, *[None] * 8
 
 
 def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work):
     """The oracle: the same numbers from whole [N, V] logits and autograd."""
     def logits(hidden, head, softcap):
-        z = hidden.to(work) @ head[: spec.vocab].to(work).T
-        return softcap * torch.tanh(z / softcap) if softcap else z
+        z = hidden[used].to(work) @ head[:spec.vocab].to(work).T
+        return (softcap * torch.tanh(z / softcap) if softcap else z).clamp(min=FLOOR)
 
-    z = logits(hidden_s, head_s, spec.softcap_s)
     used = chunked.used_rows(weight, label_weight)
-    loss, stats = z.new_zeros(()), {name: z.new_zeros(len(z)) for name in spec.stats(labels)}
-    z = z[used]
+    some = {}
+    z = logits(hidden_s, head_s, spec.softcap_s)
     lp = torch.log_softmax(z / spec.temperature, -1)
-    stats["entropy_s"][used] = torch.special.entr(lp.exp()).sum(-1).detach()
+    some["entropy_s"] = torch.special.entr(lp.exp()).sum(-1)
     if head_t is not None:
         with torch.no_grad():
-            w = mix(z, logits(hidden_t, head_t, spec.softcap_t)[used], spec.target) / spec.temperature
-            lq = torch.log_softmax(w, -1)
-        value = dense_divergence(z, w * spec.temperature, spec.divergence, knob=spec.knob,
-                                 temperature=spec.temperature)
-        loss = loss + (weight[used] * value).sum()
-        stats["value"][used] = value.detach()
-        stats["entropy_t"][used] = torch.special.entr(lq.exp()).sum(-1)
-        stats["top1_agree"][used] = (z.argmax(-1) == w.argmax(-1)).to(work)
+            w = logits(hidden_t, head_t, spec.softcap_t)
+            target = mix(z, w, spec.target)
+            lq = torch.log_softmax(target / spec.temperature, -1)
+        some["value"] = divergence(z, w, spec.divergence, knob=spec.knob, temperature=spec.temperature,
+                                   target=spec.target, support=spec.support, top_k=spec.top_k)
+        some["entropy_t"] = torch.special.entr(lq.exp()).sum(-1)
+        some["top1_agree"] = (z.argmax(-1) == target.argmax(-1)).to(work)
     if labels is not None:
-        y = labels[used, None]
+        some["logprob_s"] = lp.gather(1, labels[used, None])[:, 0]
         if head_t is not None:
-            stats["logprob_t"][used] = lq.gather(1, y)[:, 0]
-        stats["logprob_s"][used] = lp.gather(1, y)[:, 0].detach()
-        if label_weight is not None:
-            loss = loss - (label_weight[used] * lp.gather(1, y)[:, 0]).sum()
-    return loss, {name: x.to(torch.float32) for name, x in stats.items()}
+            some["logprob_t"] = lq.gather(1, labels[used, None])[:, 0]
+    loss = chunked.weighted(some, *(x if x is None else x[used] for x in (weight, label_weight)))
+    stats = {name: x.new_zeros(len(hidden_s)).index_copy(0, used, x).detach() for name, x in some.items()}
+    return loss, {name: x.float() for name, x in stats.items()}

@@ -1,30 +1,33 @@
-"""The torch backend: a chunk of tokens at a time, the student's logits turned into their gradient in place.
+"""The loop of the fused loss: a chunk of tokens at a time, the student's logits turned into their gradient.
 
-Per chunk of C tokens: two matrix products into two preallocated [C, V] buffers, the row formula on a few rows
-at a time (so that they stay in the cache), then dX = dZ @ W and dW += dZ.T @ X. Work is done in float32
-(float64 for float64 input).
+Per chunk of C tokens: two matrix products into two preallocated [C, V] buffers, the row step in place
+(rows_torch.py, rows_triton.py), then dX = dZ @ W and dW += dZ.T @ X. Nothing of size N x V ever exists and
+nothing is recomputed: 3 Hs + Ht matrix products. Logits, statistics and dW are float32 (float64 for float64
+input).
 """
+import math
+import threading
 from dataclasses import dataclass
 
 import torch
 
-from losses import FLOOR, lookup, mix
-
-CHUNK_BYTES = 256 << 20     # both logit buffers; on CUDA a chunk's temporaries of the same shape come on top
-BLOCK = 400_000             # logits per block of rows on a CPU: with their temporaries they stay in the cache
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 640 << 20}      # both logit buffers
+ALIGN = 64                                              # columns: rows of the buffers start on 256 bytes
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The scalar arguments of the fused loss, as documented in kernels.linear_divergence."""
-    divergence: str | None
-    knob: float | None
+    """The scalar arguments of the fused loss, checked, as documented in kernels.linear_divergence."""
     temperature: float
-    target: tuple
     vocab: int
     softcap_s: float | None
-    softcap_t: float | None
     chunk_bytes: int | None
+    divergence: str | None = None               # None: no teacher, only the label term
+    knob: float | tuple | None = None
+    target: tuple = (1.0, 0.0)
+    support: str = "full"
+    top_k: int | None = None
+    softcap_t: float | None = None
 
     def stats(self, labels):
         names = ["entropy_s"]
@@ -41,8 +44,21 @@ def used_rows(weight, label_weight):
     return torch.stack(kept).any(0).nonzero()[:, 0]
 
 
-def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
-    """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype."""
+def weighted(stats, weight, label_weight):
+    """The loss: the value and the label term of every token by their weights."""
+    loss = 0.0
+    if weight is not None:
+        loss = loss + (weight * stats["value"]).sum()
+    if label_weight is not None:
+        loss = loss - (label_weight * stats["logprob_s"]).sum()
+    return loss
+
+
+def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
+    """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype.
+
+    fill: the row step; on return z [C, V] holds dLoss/dz, in whatever dtype it says (see rows_torch.fill).
+    """
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     V, N, device, grad_dtype = spec.vocab, len(hidden_s), hidden_s.device, head_s.dtype
     hidden_s, head_s = hidden_s.detach(), head_s.detach().to(hidden_s.dtype)
@@ -53,54 +69,54 @@ def run(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, 
             x if x is None else x[used] for x in (hidden_s, weight, labels, label_weight))
         teacher = teacher and (teacher[0][used], teacher[1])
 
-    buffers = 1 if teacher is None else 2
-    chunk = (spec.chunk_bytes or CHUNK_BYTES) // (buffers * V * work.itemsize)
-    chunk = max(1, min(chunk, len(used)))
-    z_CV = torch.empty(chunk, V, dtype=work, device=device)
-    w_CV = None if teacher is None else torch.empty_like(z_CV)
-    loss = torch.zeros((), dtype=work, device=device)
+    grad, buffers, width = need_dX or need_dW, 1 if teacher is None else 2, -(-V // ALIGN) * ALIGN
+    chunk = (spec.chunk_bytes or CHUNK_BYTES[device.type]) // (buffers * width * work.itemsize)
+    chunks = max(1, -(-len(used) // max(1, chunk)))
+    chunk = max(1, -(-len(used) // chunks))                     # all of about the same size
+    z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
     stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
-    dX = torch.zeros_like(hidden_s) if need_dX else None
+    dX = torch.empty_like(hidden_s) if need_dX else None
     dW = torch.zeros(head_s.shape, dtype=work, device=device) if need_dW else None
-    block = max(1, BLOCK // V) if device.type == "cpu" else chunk
 
     for start in range(0, len(used), chunk):
         at = slice(start, min(start + chunk, len(used)))
-        n = at.stop - at.start
-        z, w = z_CV[:n], None
-        product(hidden_s[at], head_s[:V], out=z)
-        if teacher is not None:
-            w = w_CV[:n]
-            product(teacher[0][at], teacher[1][:V], out=w)
-        for first in range(0, n, block):
-            rows = slice(first, min(first + block, n))
-            here = slice(start + rows.start, start + rows.stop)
-            loss += row_block(
-                z[rows], None if w is None else w[rows],
-                *(x if x is None else x[here] for x in (weight, labels, label_weight)),
-                {name: x[here] for name, x in stats.items()}, spec, need_dX or need_dW)
-        if need_dX or need_dW:
-            dz = z.to(hidden_s.dtype)                           # z holds dZ by now
+        z = product(hidden_s[at], head_s[:V], z_buffer)
+        w = product(teacher[0][at], teacher[1][:V], *w_buffer) if teacher else None
+        dz = fill(z, w, *(x if x is None else x[at] for x in (weight, labels, label_weight)),
+                  {name: x[at] for name, x in stats.items()}, spec, grad, hidden_s.dtype)
         if need_dX:
-            dX[at] = dz @ head_s[:V]
+            torch.mm(dz, head_s[:V], out=dX[at])
         if need_dW:
             accumulate(dW[:V], dz, hidden_s[at])
+    loss = weighted(stats, weight, label_weight)
     if len(used) < N:
         scatter = lambda x: x.new_zeros(N, *x.shape[1:]).index_copy_(0, used, x)
         stats = {name: scatter(x) for name, x in stats.items()}
         dX = scatter(dX) if need_dX else None
-    dW = dW.to(grad_dtype) if need_dW else None
-    return loss, {name: x.float() for name, x in stats.items()}, dX, dW
+    return loss, {name: x.float() for name, x in stats.items()}, dX, dW.to(grad_dtype) if need_dW else None
 
 
-def product(hidden, head, out):
-    """logits = hidden @ head.T in out's dtype: bf16 logits cost 6-19% of the gradient near convergence."""
+_held = threading.local()
+
+
+def workspace(number, shape, dtype, device):
+    """Uninitialised memory. On a CPU it is kept from call to call: fresh pages would cost 15% of the loss."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    elements, kept = math.prod(shape), _held.__dict__
+    if (number, dtype) not in kept or len(kept[number, dtype]) < elements:
+        kept[number, dtype] = torch.empty(elements, dtype=dtype)
+    return kept[number, dtype][:elements].view(shape)
+
+
+def product(hidden, head, buffer):
+    """hidden @ head.T in the buffer's dtype: bf16 logits would cost 6-19% of the gradient near convergence."""
+    out = buffer[:len(hidden), :len(head)]
     if hidden.dtype == out.dtype:
-        torch.mm(hidden, head.T, out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(hidden.to(out.dtype), head.T.to(out.dtype), out=out)
+        return torch.mm(hidden, head.T, out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
+    return torch.mm(hidden.to(out.dtype), head.T.to(out.dtype), out=out)
 
 
 def accumulate(dW, dz, hidden):
@@ -108,47 +124,6 @@ def accumulate(dW, dz, hidden):
     if dz.dtype == dW.dtype:
         dW.addmm_(dz.T, hidden)
     elif dz.is_cuda:
-        dW += torch.mm(dz.T, hidden, out_dtype=dW.dtype)
+        torch.addmm(dW, dz.T, hidden, out_dtype=dW.dtype, out=dW)
     else:
         dW.addmm_(dz.T.to(dW.dtype), hidden.to(dW.dtype))
-
-
-def row_block(z, w, weight, labels, label_weight, stats, spec, grad):
-    """Fill `stats`; when `grad`, overwrite the student's logits z with dLoss/dz. Returns the block's loss."""
-    if spec.softcap_s:
-        cap = z.div_(spec.softcap_s).tanh_().clone()        # tanh(z / c), also the derivative's ingredient
-        z.mul_(spec.softcap_s)
-    lp = torch.log_softmax(z / spec.temperature, -1).clamp_(min=FLOOR)
-    p = lp.exp()
-    stats["entropy_s"].copy_(-(p * lp).sum(-1))
-    if w is not None:
-        if spec.softcap_t:
-            w.div_(spec.softcap_t).tanh_().mul_(spec.softcap_t)
-        lq = torch.log_softmax(mix(z, w, spec.target) / spec.temperature, -1).clamp_(min=FLOOR)
-        q = lq.exp()
-        formula, knob = lookup(spec.divergence, spec.knob)
-        value, slope = formula(lp, lq, p, q, knob)
-        value = value.sum(-1)
-        stats["value"].copy_(value)
-        stats["entropy_t"].copy_(-(q * lq).sum(-1))
-        stats["top1_agree"].copy_(lp.argmax(-1) == lq.argmax(-1))
-        loss = (weight * value).sum()
-        if grad:
-            dz = torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1).mul_(weight[:, None])
-    else:
-        loss, dz = 0.0, torch.zeros_like(z) if grad else None
-    if labels is not None:
-        y = labels[:, None]
-        stats["logprob_s"].copy_(lp.gather(1, y)[:, 0])
-        if w is not None:
-            stats["logprob_t"].copy_(lq.gather(1, y)[:, 0])
-        if label_weight is not None:
-            loss = loss - (label_weight * stats["logprob_s"]).sum()
-            if grad:
-                dz.addcmul_(p, label_weight[:, None]).scatter_add_(1, y, -label_weight[:, None])
-    if grad:
-        dz.div_(spec.temperature)
-        if spec.softcap_s:
-            dz.mul_(1 - cap * cap)
-        z.copy_(dz)
-    return loss

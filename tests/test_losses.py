@@ -30,10 +30,10 @@ def test_values_are_the_papers_definitions():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slope_is_the_derivative_of_the_value(name):
-    formula, knob = lookup(name)
+    found, knob = lookup(name)
     lp = torch.log_softmax(logits(7), -1).requires_grad_()
     lq = torch.log_softmax(logits(7, seed=1), -1)
-    value, slope = formula(lp, lq, lp.exp(), lq.exp(), knob)
+    value, slope = found.formula(lp, lq, lp.exp(), lq.exp(), knob)
     torch.testing.assert_close(torch.autograd.grad(value.sum(), lp)[0], slope)
 
 

@@ -1,0 +1,291 @@
+"""The row step of the triton backend: one kernel for every divergence, which is a small function handed to it.
+
+One program per row, sweeping over the vocabulary in blocks:
+
+    1  both log-partition functions, both entropies, and for the KL family the two KLs themselves
+    2  value and sum of the slopes, where they need normalised log-probabilities (everything but the KL family)
+    3  the gradient weight * (slope - p * sum(slope)) / temperature, in place of the student's logits
+
+Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
+e^u f(u) is rescaled when m moves. Gradients are stored in the dtype that the next matrix products want; where
+that is narrower than the logits' float32 they fill the first half of the logits' own row.
+"""
+import torch
+import triton
+import triton.language as tl
+
+import losses
+
+FLOOR, MASKED = tl.constexpr(losses.FLOOR), tl.constexpr(losses.MASKED)
+CLAMP, TINY = tl.constexpr(losses.CLAMP), tl.constexpr(torch.finfo(torch.float32).tiny)
+BLOCK, WARPS = 2048, 8      # vocabulary entries per step of a sweep, warps per program
+
+
+# ---- rows: the formulas of losses.py; a and b are the knob -----------------------------------------------------
+
+@triton.jit
+def fkl(lp, lq, p, q, a, b):
+    return q * (lq - lp), -q
+
+
+@triton.jit
+def rkl(lp, lq, p, q, a, b):
+    value = p * (lp - lq)
+    return value, value + p
+
+
+@triton.jit
+def jsd(lp, lq, p, q, a, b):
+    lm = log_mixture(a, q, p)
+    pull = (1 - a) * p * (lp - lm)
+    return a * q * (lq - lm) + pull, pull
+
+
+@triton.jit
+def jeffreys(lp, lq, p, q, a, b):
+    ratio = lp - lq
+    return (p - q) * ratio, p * ratio + (p - q)
+
+
+@triton.jit
+def skew_fkl(lp, lq, p, q, a, b):
+    lm = log_mixture(a, q, p)
+    return q * (lq - lm), (a - 1) * p * tl.exp(lq - lm)
+
+
+@triton.jit
+def skew_rkl(lp, lq, p, q, a, b):
+    lm = log_mixture(a, p, q)
+    value = p * (lp - lm)
+    return value, value + p - a * p * tl.exp(lp - lm)
+
+
+@triton.jit
+def todi(lp, lq, p, q, a, b):
+    ratio = lp - lq
+    forward = tl.sigmoid(-a * ratio)
+    return ((1 - forward) * p - forward * q) * ratio, (1 - forward) * p * (ratio + 1) - forward * q
+
+
+@triton.jit
+def power(lp, lq, p, q, a, b):
+    r = tl.exp(tl.minimum(lq + a * (lq - lp), CLAMP))
+    return (r - q) / (a * (a + 1)), -r / (a + 1)
+
+
+@triton.jit
+def alpha_beta(lp, lq, p, q, a, b):
+    r = tl.exp(tl.minimum(a * lq + b * lp, CLAMP))
+    q_ab, p_ab = tl.exp((a + b) * lq), tl.exp((a + b) * lp)
+    return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
+
+
+@triton.jit
+def tvd(lp, lq, p, q, a, b):
+    return 0.5 * tl.abs(p - q), 0.5 * tl.where(p > q, p, tl.where(p < q, -p, 0.0))
+
+
+@triton.jit
+def log_mixture(a, p, q):
+    return tl.log(tl.maximum(a * p + (1 - a) * q, TINY))
+
+
+ROWS = {f.__name__: f for f in (fkl, rkl, jsd, jeffreys, skew_fkl, skew_rkl, todi, power, alpha_beta, tvd)}
+KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True)}    # KL(q || p), KL(p || q)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------
+
+@triton.jit
+def seen(x, softcap, per_temperature):
+    """A logit as the loss sees it. A NaN stays one."""
+    if softcap is not None:
+        x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
+    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL) * per_temperature
+
+
+@triton.jit
+def logits(ptr, columns, V, stride, softcap, per_temperature):
+    """A block of a row. The row's padding up to its stride is read too: whole, aligned vectors."""
+    x = tl.load(ptr + columns, mask=columns < stride, other=0.0).to(tl.float32)
+    return tl.where(columns < V, seen(x, softcap, per_temperature), MASKED)
+
+
+@triton.jit
+def shifted(x, m):
+    """(new maximum, how far it moved, x - maximum, its exponential, factor that rescales older sums)."""
+    new = tl.maximum(m, tl.max(x, 0))
+    u = x - new
+    return new, m - new, u, tl.exp(u), tl.exp(m - new)
+
+
+@triton.jit
+def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_slope,
+          ROW: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
+    """(value, slope, p, lp, whether the entry counts), lp = z - m_z - norm_z among the entries that count."""
+    keep = columns < V
+    if FORM != "full":
+        keep = keep & ((z if BY_STUDENT else t) >= threshold)
+    if FORM == "renorm":
+        z, w = tl.where(keep, z, MASKED), tl.where(keep, w, MASKED)
+    lp, lq = z - m_z - norm_z, w - m_w - norm_w
+    p = tl.exp(lp)
+    value, slope = ROW(lp, lq, p, tl.exp(lq), a, b)
+    if FORM == "sg":
+        slope -= mass_slope * p
+    return tl.where(keep, value, 0.0), tl.where(keep, slope, 0.0), p, lp, keep
+
+
+@triton.jit
+def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, threshold_ptr,
+               value_ptr, entropy_s_ptr, entropy_t_ptr, top1_agree_ptr, logprob_s_ptr, logprob_t_ptr,
+               stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b, mass_slope,
+               ROW: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, MIX: tl.constexpr,
+               BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers may be None: w no teacher, dz no gradient, label and label_weight none, threshold no top-k."""
+    TEACHER: tl.constexpr = w_ptr is not None
+    KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full"
+    PART: tl.constexpr = FORM == "renorm" or FORM == "tail"
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    zeros, lowest = tl.zeros([BLOCK], tl.float32), tl.full([], MASKED, tl.float32)
+    z_ptr += row * stride
+    m_z, Z_z, E_z = lowest, zeros, zeros                # maximum, sum e^u, sum e^u u
+    threshold = 0.0
+    if TEACHER:
+        w_ptr += row * stride
+        m_w, Z_w, E_w = lowest, zeros, zeros
+        D_pq, D_qp = zeros, zeros                       # sum e^(u_z) (u_z - u_w), sum e^(u_w) (u_w - u_z)
+        agree = tl.zeros([BLOCK], tl.int32)
+        if threshold_ptr is not None:
+            threshold = seen(tl.load(threshold_ptr + row), softcap_s if BY_STUDENT else softcap_t,
+                             per_temperature)
+        if PART:                                        # the entries that count (renorm) or the others (tail)
+            m_z_part, Z_z_part, m_w_part, Z_w_part = lowest, zeros, lowest, zeros
+
+    for first in range(0, V, BLOCK):
+        columns = first + lanes
+        z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
+        m_z, moved_z, u_z, e_z, shrink_z = shifted(z, m_z)
+        E_z = shrink_z * (E_z + Z_z * moved_z) + e_z * u_z
+        if TEACHER:
+            t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
+            w = target_a * t + target_b * z if MIX else t
+            m_w, moved_w, u_w, e_w, shrink_w = shifted(w, m_w)
+            E_w = shrink_w * (E_w + Z_w * moved_w) + e_w * u_w
+            if KL:
+                if REVERSE:
+                    D_pq = shrink_z * (D_pq + Z_z * (moved_z - moved_w)) + e_z * (u_z - u_w)
+                if FORWARD:
+                    D_qp = shrink_w * (D_qp + Z_w * (moved_w - moved_z)) + e_w * (u_w - u_z)
+            Z_w = shrink_w * Z_w + e_w
+            agree = tl.where((moved_z < 0) | (moved_w < 0), 0, agree) | ((u_z == 0) & (u_w == 0)).to(tl.int32)
+            if PART:
+                part = (((z if BY_STUDENT else t) >= threshold) == (FORM == "renorm")) & (columns < V)
+                m_z_part, _, _, e, shrink = shifted(tl.where(part, z, MASKED), m_z_part)
+                Z_z_part = shrink * Z_z_part + e
+                m_w_part, _, _, e, shrink = shifted(tl.where(part, w, MASKED), m_w_part)
+                Z_w_part = shrink * Z_w_part + e
+        Z_z = shrink_z * Z_z + e_z
+
+    sum_z = tl.sum(Z_z, 0)
+    log_z = tl.log(sum_z)
+    tl.store(entropy_s_ptr + row, log_z - tl.sum(E_z, 0) / sum_z)
+    if label_ptr is not None:
+        label = tl.load(label_ptr + row)
+        z_label = seen(tl.load(z_ptr + label), softcap_s, per_temperature)
+        tl.store(logprob_s_ptr + row, z_label - m_z - log_z)
+    if TEACHER:
+        sum_w = tl.sum(Z_w, 0)
+        log_w = tl.log(sum_w)
+        tl.store(entropy_t_ptr + row, log_w - tl.sum(E_w, 0) / sum_w)
+        tl.store(top1_agree_ptr + row, tl.max(agree, 0).to(tl.float32))
+        if label_ptr is not None:
+            w_label = seen(tl.load(w_ptr + label), softcap_t, per_temperature)
+            if MIX:
+                w_label = target_a * w_label + target_b * z_label
+            tl.store(logprob_t_ptr + row, w_label - m_w - log_w)
+        if FORM == "renorm":
+            m_p, norm_p = m_z_part, tl.log(tl.sum(Z_z_part, 0))
+            m_w, norm_q = m_w_part, tl.log(tl.sum(Z_w_part, 0))
+        else:
+            m_p, norm_p, norm_q = m_z, log_z, log_w
+        if KL:
+            value, slope = 0.0, 0.0
+            if REVERSE:
+                KL_pq = tl.sum(D_pq, 0) / sum_z - tl.log(sum_z / sum_w)
+                value += KL_pq
+                slope += KL_pq + 1
+            if FORWARD:
+                value += tl.sum(D_qp, 0) / sum_w - tl.log(sum_w / sum_z)
+                slope -= 1
+        else:
+            values, slopes = zeros, zeros
+            for first in range(0, V, BLOCK):
+                columns = first + lanes
+                z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
+                t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
+                w = target_a * t + target_b * z if MIX else t
+                g, s, _, _, _ = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b, mass_slope,
+                                      ROW, BY_STUDENT, FORM)
+                values += g
+                slopes += s
+            value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
+            if FORM == "tail":                          # the others are one more entry
+                lp_tail = m_z_part - m_z + tl.log(tl.sum(Z_z_part, 0)) - log_z
+                lq_tail = m_w_part - m_w + tl.log(tl.sum(Z_w_part, 0)) - log_w
+                g, slope_tail = ROW(lp_tail, lq_tail, tl.exp(lp_tail), tl.exp(lq_tail), a, b)
+                value += g
+                slope += slope_tail
+        tl.store(value_ptr + row, value)
+
+    if dz_ptr is not None:
+        dz_ptr += row * dz_stride
+        if TEACHER:
+            weight = tl.load(weight_ptr + row)
+        if label_weight_ptr is not None:
+            label_weight = tl.load(label_weight_ptr + row)
+        for first in range(0, V, BLOCK):
+            columns = first + lanes
+            z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
+            dz = zeros
+            if TEACHER:
+                t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
+                w = target_a * t + target_b * z if MIX else t
+                _, s, p, lp, keep = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
+                                          mass_slope, ROW, BY_STUDENT, FORM)
+                if FORM == "tail":
+                    s = tl.where(keep, s, slope_tail * tl.exp(tl.minimum(lp - lp_tail, 0.0)))
+                dz = weight * (s - p * slope)
+            if label_weight_ptr is not None:
+                dz += label_weight * (tl.exp(z - m_z - log_z) - tl.where(columns == label, 1.0, 0.0))
+            dz *= per_temperature
+            if softcap_s is not None:
+                bent = tl.where(columns < V, z / (softcap_s * per_temperature), 0.0)
+                dz *= 1 - bent * bent
+            tl.debug_barrier()                          # narrower gradients overwrite other lanes' logits
+            tl.store(dz_ptr + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < stride)
+
+
+def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
+    """rows_torch.fill in one kernel. The logits are float32 and one chunk's buffers, of equal row strides."""
+    C, V = z_CV.shape
+    dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :V]
+    whose, _, form = spec.support.partition("_")
+    threshold = None
+    if form:
+        x_CV = z_CV if whose == "student" else w_CV
+        threshold = x_CV.topk(min(spec.top_k, V), sorted=False).values.amin(-1)
+    name, knob = spec.divergence or "fkl", spec.knob
+    a, b = knob if isinstance(knob, tuple) else (knob or 0.0, 0.0)
+    forward, reverse = KL_FAMILY.get(name, (False, False))
+    arrays = [stats.get(s) for s in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s", "logprob_t")]
+    with torch.cuda.device_of(z_CV):
+        row_kernel[(C,)](
+            z_CV, w_CV, dz_CV if grad else None, weight, labels, label_weight, threshold, *arrays,
+            z_CV.stride(0), dz_CV.stride(0), V, spec.softcap_s, spec.softcap_t, 1 / spec.temperature,
+            *map(float, spec.target), float(a), float(b), losses.mass_slope(name, knob) if form == "sg" else 0.0,
+            ROW=ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
+            BY_STUDENT=whose == "student", FORM=form or "full",
+            BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
+    return dz_CV if grad else None
