@@ -142,12 +142,12 @@ def akl(lp, lq, p, q, mu):
     return ((1 - share) * p - share * q) * ratio, (1 - share) * p * (ratio + 1) - share * q
 
 
-@row("alpha_beta", (0.2, 0.7), "the two exponents, none of A, B, A + B may be 0 (1 0 is fkl, 0 1 is rkl); "
-     "ABKD 2505.04560", lambda k: k[0] * k[1] * (k[0] + k[1]) != 0)
+@row("alpha_beta", (0.2, 0.7), "exponents A of q and B of p, neither 0 (1 0 is fkl, 0 1 is rkl), A + B "
+     "above 0; ABKD 2505.04560", lambda ab: ab[0] * ab[1] != 0 and ab[0] + ab[1] > 0)
 def alpha_beta(lp, lq, p, q, knob):
     """-1/(ab) sum q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b). ABKD, 2505.04560."""
     a, b = knob
-    r, q_ab, p_ab = clamped_exp(a * lq + b * lp), clamped_exp((a + b) * lq), clamped_exp((a + b) * lp)
+    r, q_ab, p_ab = clamped_exp(a * lq + b * lp), torch.exp((a + b) * lq), torch.exp((a + b) * lp)
     return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
 
 
@@ -158,7 +158,7 @@ def tvd(lp, lq, p, q, knob):
 
 
 def log_mixture(a, p, q):
-    """log(a p + (1 - a) q). A sum of positive terms cancels nothing; where both are 0 any finite value does."""
+    """log(a p + (1 - a) q). Nothing cancels in a sum of positive terms; where both are 0, the least float."""
     return torch.log((a * p).add_(q, alpha=1 - a).clamp_(min=torch.finfo(p.dtype).tiny))
 
 
@@ -242,7 +242,7 @@ def total(name, knob, lp, lq, p, q, keep=None, form=None):
 
 
 def mass_slope(name, knob):
-    """c with slope = c p wherever p = q. Over the full vocabulary it has no effect, on a part of it it has."""
+    """c with slope = c p wherever p = q: no effect over the full vocabulary, but one over a part of it."""
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     return DIVERGENCES[name].formula(zero, zero, one, one, knob)[1].item()
 

@@ -36,7 +36,7 @@ from data.files import atomic_folder, read_lines, recover, write_file
 from data.flags import fail
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
-from losses import LOSSES, lookup, policy_gradient_weight
+from losses import DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at
 from methods import METHODS, Rollout, by_branch
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
@@ -58,7 +58,23 @@ class Model:
 
     @property
     def head_VH(self):
-        return self.net.get_output_embeddings().weight
+        """The output head; a bias is its last column, to go with the column of ones in `states`."""
+        head = self.net.get_output_embeddings()
+        return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], 1)
+
+    def states(self, hidden_NH):
+        """Last hidden states times the model's logit scale (Cohere, Granite): logits = states @ head_VH.T."""
+        config = self.net.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        hidden_NH = hidden_NH if scale == 1 else hidden_NH * scale
+        if self.net.get_output_embeddings().bias is not None:
+            hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], 1)
+        return hidden_NH
+
+    @property
+    def softcap(self):
+        """Logits become c * tanh(logits / c) (Gemma 2); None: they do not."""
+        return getattr(self.net.config.get_text_config(), "final_logit_softcapping", None)
 
     @property
     def device(self):
@@ -110,17 +126,28 @@ def load(path, cfg, learns=False, weights=None):
 
 @torch.no_grad()
 def check_head(model):
-    """Refuse a model whose logits are not hidden @ head.T: the loss would ignore softcap, scale or bias."""
+    """Refuse a model whose logits are not what the loss will compute from its states, head and softcap.
+
+    The head's input is scaled up until the largest logit is 100, where no softcap can hide.
+    """
+    head, size = model.net.get_output_embeddings(), 1.0
+    if not isinstance(head, torch.nn.Linear):
+        fail(f"{model.path}: the output head of {type(model.net).__name__} is no linear layer, which is not "
+             "supported")
     ids_BT = torch.arange(4, device=model.device)[None] % model.vocab
+    scale_up = head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * size,))
     with model.autocast():
-        logits = model.net(ids_BT, use_cache=False).logits.float()
-        ours = (model.net.base_model(ids_BT, use_cache=False).last_hidden_state @ model.head_VH.T).float()
-    biased = getattr(model.net.get_output_embeddings(), "bias", None) is not None
-    capped = getattr(model.net.config, "final_logit_softcapping", None)     # hard to see on small logits
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
-    if biased or capped or (logits - ours).abs().max() > tolerance * (1 + logits.abs().max()):
-        fail(f"{model.path}: {type(model.net).__name__} transforms its logits after the head (softcap, scale "
-             "or bias), which is not supported")
+        hidden_NH = model.net.base_model(ids_BT, use_cache=False).last_hidden_state[0].float()
+        size = 100 / (hidden_NH @ head.weight.float().T).abs().max().clamp(min=1e-6).item()
+        theirs_NV = model.net(ids_BT, use_cache=False).logits[0].float()
+    scale_up.remove()
+    ours_NV = model.states(hidden_NH * size) @ model.head_VH.float().T
+    if model.softcap:
+        ours_NV = model.softcap * torch.tanh(ours_NV / model.softcap)
+    off = (theirs_NV - ours_NV).abs().max() / ours_NV.abs().max()
+    if not off < (1e-4 if model.dtype == torch.float32 else 0.03):
+        fail(f"{model.path}: {type(model.net).__name__} transforms its logits in a way that is unknown here: "
+             "not a bias, logit_scale, logits_scaling or final_logit_softcapping")
 
 
 def check_same_tokens(student, teacher):
@@ -267,7 +294,7 @@ def completion_hidden(model, prompts, completions):
     with model.autocast():
         hidden_BTH = model.net.base_model(input_ids=ids_BT.to(model.device),
                                           use_cache=False).last_hidden_state
-    return hidden_BTH[predicts_BT.to(model.device)].to(model.dtype)
+    return model.states(hidden_BTH[predicts_BT.to(model.device)]).to(model.dtype)
 
 
 def batches(model, rollouts, cfg, teacher=False):
@@ -285,7 +312,8 @@ def log_probs(model, rollouts, objective, cfg, teacher=False):
     for group, prompts in batches(model, rollouts, cfg, teacher):
         ids = [rollouts[i].ids_T for i in group]
         _, stats = linear_logprob(completion_hidden(model, prompts, ids), model.head_VH,
-                                  torch.cat(ids), temperature=objective.temperature, vocab=model.vocab)
+                                  torch.cat(ids), temperature=objective.temperature, vocab=model.vocab,
+                                  softcap=model.softcap)
         for i, logp_T in zip(group, stats["logprob_s"].split([len(x) for x in ids])):
             out[i] = logp_T
     return out
@@ -336,15 +364,19 @@ def backward(job, weights, cfg):
             if objective.label == "pg":
                 weight_N = weight_N * torch.cat([
                     policy_gradient_weight(r.gap_T, r.lp_T, r.logp_T, objective.importance) for r in some])
-            loss, stats = linear_logprob(hidden_NH, head_VH, labels_N, weight_N, **common)
+            loss, stats = linear_logprob(hidden_NH, head_VH, labels_N, weight_N, softcap=student.softcap,
+                                         **common)
         else:
             with torch.no_grad():
                 seen = [rollout_prompt(teacher, r, cfg, teacher=True) for r in some]
                 hidden_t_NH = completion_hidden(teacher, seen, ids)
             loss, stats = linear_divergence(
                 hidden_NH, head_VH, hidden_t_NH, teacher.head_VH, weight_N, divergence=objective.divergence,
-                knob=objective.knob, target=objective.target, labels_N=labels_N, **common)
-            if job.weights is None:         # not scored, but every token has passed: the gap comes for free
+                knob=objective.knob, target=objective.target, support=objective.support,
+                top_k=objective.top_k, labels_N=labels_N, softcap_s=student.softcap,
+                softcap_t=teacher.softcap, **common)
+            if job.weights is None and objective.target == (1.0, 0.0):
+                # Not scored, but every token has passed and logprob_t is the teacher's: the gap for free.
                 for r, lp_T, lq_T in zip(some, *(stats[k].split(lengths)
                                                  for k in ("logprob_s", "logprob_t"))):
                     r.lp_T, r.gap_T = lp_T, lq_T - lp_T
@@ -412,8 +444,6 @@ class Run:
             check_same_tokens(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
-        self.objective = replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg),
-                                 importance=tuple(cfg.importance))
         self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
         self.clock = {}                                         # seconds by part of the current step
         check_prompts(self)
@@ -424,6 +454,15 @@ class Run:
     @property
     def branches(self):
         return list(self.prompts)
+
+    @property
+    def objective(self):
+        """The objective of the current step: the target moves with the training."""
+        cfg, done = self.cfg, self.state["step"] / max(self.cfg.steps - 1, 1)
+        start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
+        return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg), top_k=cfg.top_k,
+                       support=cfg.support, target=target_at(cfg.target, start, done),
+                       importance=tuple(cfg.importance))
 
     def steps(self):
         """The steps still to do. The loop counts them: a method may yield several lists of Jobs per round."""
@@ -652,7 +691,9 @@ def find_checkpoint(cfg):
         return None
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(vars(cfg)))
     free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
-            "eval_prompts"} | ({"steps"} if cfg.lr_schedule == "constant" else set())
+            "eval_prompts"}
+    if cfg.lr_schedule == "constant" and cfg.target == "teacher":
+        free |= {"steps"}                       # nothing else depends on where the training ends
     for key in sorted(now.keys() - free):
         if now[key] != before.get(key):
             fail(f"--resume with another {key} ({now[key]}, was {before.get(key)}) would be another "
@@ -720,13 +761,15 @@ def shuffled(count, seed):
 
 
 def knob(cfg):
-    """The knob of --loss: every divergence that has one has a flag of its own for it."""
-    return {"jsd": cfg.jsd_beta}.get(cfg.loss)
+    """The knob of --loss, None where it has none. Every knob has a flag of its own name."""
+    name = DIVERGENCES[cfg.loss].knob if cfg.loss in DIVERGENCES else None
+    value = getattr(cfg, name) if name else None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def configure(argv=None):
     """The settings of a run: parsed, completed and checked, with one clear line for whatever cannot work."""
-    known = flags.parser(__doc__, METHODS, LOSSES, recipes.RECIPES)
+    known = flags.parser(__doc__, METHODS, LOSSES, DIVERGENCES, SUPPORTS, recipes.RECIPES)
     cfg = known.parse_args(argv)
     changed = {flag for flag, value in vars(cfg).items() if value != known.get_default(flag)}
     if cfg.recipe:
@@ -770,8 +813,7 @@ def configure(argv=None):
         fail("--scale 0 for every branch trains nothing")
     if cfg.importance[0] >= cfg.importance[1]:
         fail(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
-    if LOSSES[cfg.loss].divergence:
-        lookup(cfg.loss, knob(cfg))
+    check_objective(cfg, changed)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
         fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if cfg.device != "cpu" and (int(cfg.device[5:] or 0)) >= torch.cuda.device_count():
@@ -781,6 +823,21 @@ def configure(argv=None):
     for flag in ("recipe", "seeds", "quick", "jobs"):
         delattr(cfg, flag)
     return cfg
+
+
+def check_objective(cfg, changed):
+    """Knob, target and support fit the loss; none of `changed` (the flags that were given) has no effect."""
+    ours = {"loss", DIVERGENCES[cfg.loss].knob} if cfg.loss in DIVERGENCES else {"loss"}
+    for flag in changed & {row.knob for row in DIVERGENCES.values()} - ours:
+        fail(f"--{flag} has no effect on --loss {cfg.loss}")
+    for flag, target in (("veto_beta", "veto"), ("taid_start", "taid")):
+        if flag in changed and cfg.target != target:
+            fail(f"--{flag} has no effect without --target {target}")
+    if cfg.loss in DIVERGENCES:
+        lookup(cfg.loss, knob(cfg))
+        check_support(cfg.loss, cfg.support, cfg.top_k)
+    elif changed & {"target", "support", "top_k"}:
+        fail(f"--loss {cfg.loss} uses the sampled token only: --target, --support and --top_k have no effect")
 
 
 def main(argv=None):

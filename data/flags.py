@@ -77,7 +77,7 @@ def json_object(text):
     return value
 
 
-COUNT, AMOUNT = number(int, least=1), number(int, least=0)
+COUNT, AMOUNT, FINITE = number(int, least=1), number(int, least=0), number(float, above=-math.inf)
 POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 
 
@@ -93,8 +93,11 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def parser(about, methods, losses, recipes):
-    """The argparse parser of opd.py. methods, losses, recipes: the tables whose names are choices."""
+def parser(about, methods, losses, divergences, supports, recipes):
+    """The argparse parser of opd.py. methods, losses, .. recipes: the tables whose names are choices.
+
+    Every knob in `divergences` becomes a flag of its own name.
+    """
     p = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
                formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
     add = p.add_argument_group("what").add_argument
@@ -116,8 +119,23 @@ def parser(about, methods, losses, recipes):
     add = p.add_argument_group("objective (losses.py)").add_argument
     add("--loss", choices=losses,
         help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's")
-    add("--jsd_beta", type=SHARE, default=0.5,
-        help="jsd: weight of the teacher in the mixture; GKD 2306.13649")
+    for knob in dict.fromkeys(row.knob for row in divergences.values() if row.knob):
+        rows = {name: row for name, row in divergences.items() if row.knob == knob}
+        default, about = (getattr(next(iter(rows.values())), field) for field in ("default", "about"))
+        pair = isinstance(default, tuple)
+        add(f"--{knob}", type=FINITE, default=list(default) if pair else default,
+            help=f"{' and '.join(rows)}: {about}", **(dict(nargs=2, metavar=("A", "B")) if pair else {}))
+    add("--target", choices=("teacher", "veto", "taid"), default="teacher",
+        help="what the divergence compares with: the teacher; q p^beta, renormalised, with beta falling to 0 "
+             "(Veto 2601.07155); a mixture of both models' logits (TAID 2501.16937)")
+    add("--veto_beta", type=NOT_NEGATIVE, default=0.8, help="veto: beta at the first step, 0 at the last")
+    add("--taid_start", type=SHARE, default=0.4,
+        help="taid: the teacher's share at the first step, 1 at the last")
+    add("--support", choices=supports, default="full",
+        help="which entries count: all, or the --top_k largest of student or teacher; what becomes of the "
+             "others: raw and sg nothing (sg without the gradient of the kept mass), renorm they have no "
+             "probability, tail they are one more entry; 2605.11182")
+    add("--top_k", type=COUNT, help="entries of a --support")
     add("--loss_temperature", type=POSITIVE, default=1.0, help="divides both models' logits in the loss")
     add("--importance", type=NOT_NEGATIVE, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
         help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")

@@ -6,8 +6,8 @@ with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the
 gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
 and only scaled in backward.
 
-Backends, one result: "torch" (chunked.py: any device, any dtype) and "dense" (the oracle: plain autograd on
-whole logits).
+Backends, one result: "triton" on GPUs and "torch" everywhere, both in the loop of chunked.py with the row step
+of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
 """
 import os
 
@@ -32,12 +32,13 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     weight_N [N]                             weight of each token's divergence; None = ones; may be negative
     divergence, knob, target                 a name in losses.DIVERGENCES, its knob, the target (losses.py)
     temperature                              divides both models' logits
-    support                                  "full": every shared vocabulary entry counts
+    support, top_k                           a name in losses.SUPPORTS: "full" (all shared vocabulary entries
+                                             count), or the top_k largest logits of student_* or teacher_*
     labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); None = no such term
     vocab                                    number of shared ids; later columns are -inf and get no gradient
     softcap_s, softcap_t                     logits become c * tanh(logits / c) (Gemma 2)
     chunk_bytes                              memory of the two logit buffers; None = chunked.CHUNK_BYTES
-    backend                                  None = "torch"; or "dense"
+    backend                                  "triton", "torch", "dense"; None = the fastest that can do it
 
     Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N]
     tensors of softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels
@@ -88,8 +89,8 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, back
         from . import rows_triton as rows       # where there is no GPU, there may be no triton
     else:
         rows = rows_torch
-    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, rows.fill,
-                                torch.is_grad_enabled())
+    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec,
+                                rows.fill, torch.is_grad_enabled())
     return loss, dict(zip(spec.stats(labels), stats))
 
 
@@ -102,8 +103,8 @@ def _choose(backend, hidden, name):
     if backend is None:
         return "triton" if hidden.is_cuda and not sorts and hidden.dtype != torch.float64 else "torch"
     if backend == "triton" and (sorts or hidden.dtype == torch.float64 or not on_gpu):
-        raise ValueError(f"backend 'triton' cannot do {name or 'this'} on {hidden.dtype} on {hidden.device.type}: it "
-                         "needs a GPU, no float64, and a divergence without a sort; use 'torch'")
+        raise ValueError(f"backend 'triton' cannot do {name or 'this'} on {hidden.device.type} in "
+                         f"{hidden.dtype}: it needs a GPU, no float64, and a divergence that does not sort; use 'torch'")
     return backend
 
 

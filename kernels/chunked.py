@@ -110,7 +110,7 @@ def workspace(number, shape, dtype, device):
 
 
 def product(hidden, head, buffer):
-    """hidden @ head.T in the buffer's dtype: bf16 logits would cost 6-19% of the gradient near convergence."""
+    """hidden @ head.T in the buffer's dtype: bf16 logits cost 6-19% of the gradient near convergence."""
     out = buffer[:len(hidden), :len(head)]
     if hidden.dtype == out.dtype:
         return torch.mm(hidden, head.T, out=out)

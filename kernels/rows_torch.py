@@ -10,9 +10,9 @@ BLOCK = {"cpu": 400_000, "cuda": 1 << 24}       # logits per block of rows
 
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
-    """Fill `stats` (name -> [C]) from logits z and w (None: no teacher). With `grad`, returns dLoss/dz_CV as dtype.
+    """Fill `stats` (name -> [C]) from logits z and w (None: no teacher), and overwrite both.
 
-    Overwrites both.
+    With `grad`, returns dLoss/dz_CV in `dtype`.
     """
     C, V = z_CV.shape
     step = max(1, BLOCK[z_CV.device.type] // V)
@@ -49,7 +49,8 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
         value, slope = total(spec.divergence, spec.knob, lp, lq, among, q, keep, form)
         stats["value"].copy_(value)
         if grad:
-            dz = torch.addcmul(slope, among, slope.sum(-1, keepdim=True), value=-1, out=z).mul_(weight[:, None])
+            dz = torch.addcmul(slope, among, slope.sum(-1, keepdim=True), value=-1, out=z)
+            dz.mul_(weight[:, None])
     if grad:
         dz = z.zero_() if dz is None else dz
         if label_weight is not None:
@@ -61,7 +62,7 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
 
 
 def capped(logits, softcap, temperature):
-    """Logits as the loss sees them, in place; returns the derivative of the softcap, None where there is none."""
+    """Logits as the loss sees them, in place. Returns the softcap's derivative, None if there is none."""
     bend = None
     if softcap:
         logits.div_(softcap).tanh_()

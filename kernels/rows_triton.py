@@ -1,9 +1,9 @@
-"""The row step of the triton backend: one kernel for every divergence, which is a small function handed to it.
+"""The row step of the triton backend: one kernel for all divergences, each a small function handed to it.
 
 One program per row, sweeping over the vocabulary in blocks:
 
     1  both log-partition functions, both entropies, and for the KL family the two KLs themselves
-    2  value and sum of the slopes, where they need normalised log-probabilities (everything but the KL family)
+    2  value and sum of the slopes, where they need normalised log-probabilities (all but the KL family)
     3  the gradient weight * (slope - p * sum(slope)) / temperature, in place of the student's logits
 
 Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
@@ -21,7 +21,7 @@ CLAMP, TINY = tl.constexpr(losses.CLAMP), tl.constexpr(torch.finfo(torch.float32
 BLOCK, WARPS = 2048, 8      # vocabulary entries per step of a sweep, warps per program
 
 
-# ---- rows: the formulas of losses.py; a and b are the knob -----------------------------------------------------
+# ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
 
 @triton.jit
 def fkl(lp, lq, p, q, a, b):
@@ -94,7 +94,7 @@ ROWS = {f.__name__: f for f in (fkl, rkl, jsd, jeffreys, skew_fkl, skew_rkl, tod
 KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True)}    # KL(q || p), KL(p || q)
 
 
-# ---- the kernel ------------------------------------------------------------------------------------------------
+# ---- the kernel --------------------------------------------------------------------------------------------
 
 @triton.jit
 def seen(x, softcap, per_temperature):
@@ -139,9 +139,9 @@ def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_s
 @triton.jit
 def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, threshold_ptr,
                value_ptr, entropy_s_ptr, entropy_t_ptr, top1_agree_ptr, logprob_s_ptr, logprob_t_ptr,
-               stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b, mass_slope,
-               ROW: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, MIX: tl.constexpr,
-               BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr):
+               stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b,
+               mass_slope, ROW: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+               MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr):
     """Pointers may be None: w no teacher, dz no gradient, label and label_weight none, threshold no top-k."""
     TEACHER: tl.constexpr = w_ptr is not None
     KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full"
@@ -226,8 +226,8 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
                 w = target_a * t + target_b * z if MIX else t
-                g, s, _, _, _ = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b, mass_slope,
-                                      ROW, BY_STUDENT, FORM)
+                g, s, _, _, _ = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
+                                      mass_slope, ROW, BY_STUDENT, FORM)
                 values += g
                 slopes += s
             value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
@@ -279,12 +279,14 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     name, knob = spec.divergence or "fkl", spec.knob
     a, b = knob if isinstance(knob, tuple) else (knob or 0.0, 0.0)
     forward, reverse = KL_FAMILY.get(name, (False, False))
-    arrays = [stats.get(s) for s in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s", "logprob_t")]
+    arrays = [stats.get(name) for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s",
+                                           "logprob_t")]
     with torch.cuda.device_of(z_CV):
         row_kernel[(C,)](
             z_CV, w_CV, dz_CV if grad else None, weight, labels, label_weight, threshold, *arrays,
             z_CV.stride(0), dz_CV.stride(0), V, spec.softcap_s, spec.softcap_t, 1 / spec.temperature,
-            *map(float, spec.target), float(a), float(b), losses.mass_slope(name, knob) if form == "sg" else 0.0,
+            *map(float, spec.target), float(a), float(b),
+            losses.mass_slope(name, knob) if form == "sg" else 0.0,
             ROW=ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
             BY_STUDENT=whose == "student", FORM=form or "full",
             BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)

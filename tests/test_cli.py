@@ -118,7 +118,7 @@ def said(words):
     (dict(temperature="nan"), "nan is not above 0"), (dict(lr="inf"), "inf is not"),
     (dict(eval_temperature=-1), "-1 is not at least 0"), (dict(student="./a/b"), "no such folder"),
     (dict(student="nowhere"), "cannot load nowhere"),
-    (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"), (dict(importance=["a", "b"]), "invalid float"),
+    (dict(jsd_beta=1.0, loss="jsd"), "use fkl and rkl"), (dict(importance=["a", "b"]), "invalid float"),
     (dict(importance=[2, 0.5]), "LOW must be below HIGH"), (dict(device="tpu"), "choose cpu, cuda"),
     (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "invalid json_object"),
     (dict(chat_template_kwargs="[]"), "is not a JSON object"),
