@@ -6,8 +6,8 @@ with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the
 gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
 and only scaled in backward.
 
-Backends, one result: "triton" on GPUs and "torch" everywhere, both in the loop of chunked.py with the row step
-of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
+Backends, one result: "triton" on GPUs and "torch" everywhere, both the loop of chunked.py with the row step of
+rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
 """
 import os
 
@@ -104,7 +104,8 @@ def _choose(backend, hidden, name):
         return "triton" if hidden.is_cuda and not sorts and hidden.dtype != torch.float64 else "torch"
     if backend == "triton" and (sorts or hidden.dtype == torch.float64 or not on_gpu):
         raise ValueError(f"backend 'triton' cannot do {name or 'this'} on {hidden.device.type} in "
-                         f"{hidden.dtype}: it needs a GPU, no float64, and a divergence that does not sort; use 'torch'")
+                         f"{hidden.dtype}: it needs a GPU, no float64, and a divergence that does not sort; "
+                         "use 'torch'")
     return backend
 
 
