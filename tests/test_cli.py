@@ -157,18 +157,29 @@ def test_different_tokenizers_are_refused_with_the_first_differences(argv, model
     assert "'<new>': None / 81" in said(argv(teachers=[tmp_path / "other"]))
 
 
-def test_logit_transforms_that_would_be_ignored_are_refused(argv, models, tmp_path):
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-    tok = AutoTokenizer.from_pretrained(models / "a")
-    torch.manual_seed(0)
-    net = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0))
-    with torch.no_grad():
-        net.get_output_embeddings().weight.mul_(20)
-    net.save_pretrained(tmp_path / "gemma")
-    tok.save_pretrained(tmp_path / "gemma")
-    assert "Gemma2ForCausalLM transforms its logits" in said(argv(student=tmp_path / "gemma"))
+def test_a_logit_transform_that_is_unknown_is_refused(argv, models, monkeypatch):
+    """The gradient would be that of another model."""
+    from transformers import Qwen3ForCausalLM
+    forward = Qwen3ForCausalLM.forward
+
+    def squared(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits + 0.1 * out.logits**2
+        return out
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", squared)
+    assert "Qwen3ForCausalLM transforms its logits in a way that is unknown" in said(argv(teachers=[models / "a"]))
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (dict(loss="rkl", jsd_beta=0.3), "--jsd_beta has no effect on --loss rkl"),
+    (dict(loss="rkl", veto_beta=0.3), "no effect without --target veto"),
+    (dict(loss="rkl", support="student_sg"), "needs a top_k"), (dict(loss="rkl", top_k=5), "'full' has none"),
+    (dict(loss="akl", support="student_sg", top_k=5), "akl needs the full vocabulary"),
+    (dict(loss="pg", target="veto", method="mopd"), "sampled token only"),
+    (dict(loss="alpha_beta", alpha_beta=[1, 0]), "A + B above 0"),
+    (dict(loss="power", power_lambda=0), "not 0 (fkl)"), (dict(loss="todi", todi_beta="inf"), "todi_beta")], ids=str)
+def test_objectives_that_cannot_be_are_refused(argv, flags, expected):
+    assert expected in said(argv(**flags))
 
 
 def test_nothing_on_disk_is_ever_overwritten(start, argv, prompts, tmp_path):

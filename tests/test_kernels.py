@@ -26,6 +26,7 @@ ENTRYWISE = [name for name in DIVERGENCES if DIVERGENCES[name].elementwise]
 N, V, HS, HT = 9, 101, 16, 24
 on_both = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif(
     not TRITON, reason="no triton"))])
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")    # of the interpreter's numpy
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -218,11 +219,11 @@ def test_a_broken_logit_is_not_hidden(backend):
 # ---- the interface --------------------------------------------------------------------------------------------
 
 def test_gradcheck_and_backward_twice():
-    c = case(torch.float64)
-    for support, k in (("full", None), ("student_tail", 40)):
+    c = case(torch.float64, n=4, vocab=23)
+    for support, k in (("full", None), ("student_tail", 9)):
         f = lambda x, w: linear_divergence(
             x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd", labels_N=c["labels"], support=support,
-            top_k=k, label_weight_N=c["label_weight"], chunk_bytes=9000)[0]
+            top_k=k, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
         assert torch.autograd.gradcheck(f, (c["hidden_s"], c["head_s"]))
     loss = f(c["hidden_s"], c["head_s"])
     first = torch.autograd.grad(loss, c["head_s"], retain_graph=True)[0]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import WORD_ROWS, gradients, parameters
 
 import opd
@@ -89,6 +90,49 @@ def test_gradient_of_any_micro_batches_is_float64_autograd_on_the_whole(start, l
     assert value == pytest.approx(expected.item(), rel=1e-6)
     exact = gradients(run.student)
     assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()     # gaps are float32 statistics
+
+
+FAMILIES = {                                                     # what is special about the head
+    "Gemma2": dict(final_logit_softcapping=1.5, head_dim=16),
+    "Cohere": dict(logit_scale=0.3),
+    "Granite": dict(logits_scaling=3.0, tie_word_embeddings=False),
+    "Phi": {},                                                   # a bias
+    "GPT2": {},                                                  # tied
+    "Llama": dict(tie_word_embeddings=False)}
+
+
+def family(name, seed, folder, tok):
+    """A tiny model of another family, with logits of some size and a bias that is not 0."""
+    torch.manual_seed(seed)
+    common = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+    config = getattr(transformers, f"{name}Config")(**common | FAMILIES[name])
+    net = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(6 if parameter.ndim == 2 else 1).add_(0.1 * torch.randn_like(parameter))
+    net.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("loss", ["rkl", "nll"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tmp_path, name, loss):
+    """Bias, softcap and logit scale, of student and teacher: against the logits that transformers computes."""
+    tok = transformers.AutoTokenizer.from_pretrained(models / "a")
+    run = double(start(student=family(name, 0, tmp_path / "s", tok), teachers=[family(name, 1, tmp_path / "t", tok)]))
+    objective = Objective(label="nll") if loss == "nll" else Objective(divergence=loss)
+    job = Job(run.student, run.teacher, rollouts(run), objective)
+    value = accumulate(run, [job])
+    grads = lambda: {n: p.grad for n, p in run.student.net.named_parameters() if p.grad is not None}
+    ours = {n: g.clone() for n, g in grads().items()}
+    run.student.net.zero_grad()
+    expected = by_hand(run, job, [1.0] * 6, DEFINITIONS[loss])
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6) and ours.keys() == grads().keys()
+    for n, g in grads().items():
+        assert (ours[n] - g).abs().max() < 1e-6 * g.abs().max() + 1e-12, n
 
 
 def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
