@@ -22,65 +22,72 @@ BLOCK, WARPS = 2048, 8      # vocabulary entries per step of a sweep, warps per 
 
 
 # ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
+ROWS = {}           # name -> compiled formula
 
-@triton.jit
+
+def row(formula):
+    ROWS[formula.__name__] = triton.jit(formula)
+    return ROWS[formula.__name__]
+
+
+@row
 def fkl(lp, lq, p, q, a, b):
     return q * (lq - lp), -q
 
 
-@triton.jit
+@row
 def rkl(lp, lq, p, q, a, b):
     value = p * (lp - lq)
     return value, value + p
 
 
-@triton.jit
+@row
 def jsd(lp, lq, p, q, a, b):
     lm = log_mixture(a, q, p)
     pull = (1 - a) * p * (lp - lm)
     return a * q * (lq - lm) + pull, pull
 
 
-@triton.jit
+@row
 def jeffreys(lp, lq, p, q, a, b):
     ratio = lp - lq
     return (p - q) * ratio, p * ratio + (p - q)
 
 
-@triton.jit
+@row
 def skew_fkl(lp, lq, p, q, a, b):
     lm = log_mixture(a, q, p)
     return q * (lq - lm), (a - 1) * p * tl.exp(lq - lm)
 
 
-@triton.jit
+@row
 def skew_rkl(lp, lq, p, q, a, b):
     lm = log_mixture(a, p, q)
     value = p * (lp - lm)
     return value, value + p - a * p * tl.exp(lp - lm)
 
 
-@triton.jit
+@row
 def todi(lp, lq, p, q, a, b):
     ratio = lp - lq
     forward = tl.sigmoid(-a * ratio)
     return ((1 - forward) * p - forward * q) * ratio, (1 - forward) * p * (ratio + 1) - forward * q
 
 
-@triton.jit
+@row
 def power(lp, lq, p, q, a, b):
     r = tl.exp(tl.minimum(lq + a * (lq - lp), CLAMP))
     return (r - q) / (a * (a + 1)), -r / (a + 1)
 
 
-@triton.jit
+@row
 def alpha_beta(lp, lq, p, q, a, b):
     r = tl.exp(tl.minimum(a * lq + b * lp, CLAMP))
     q_ab, p_ab = tl.exp((a + b) * lq), tl.exp((a + b) * lp)
     return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
 
 
-@triton.jit
+@row
 def tvd(lp, lq, p, q, a, b):
     return 0.5 * tl.abs(p - q), 0.5 * tl.where(p > q, p, tl.where(p < q, -p, 0.0))
 
@@ -90,7 +97,6 @@ def log_mixture(a, p, q):
     return tl.log(tl.maximum(a * p + (1 - a) * q, TINY))
 
 
-ROWS = {f.__name__: f for f in (fkl, rkl, jsd, jeffreys, skew_fkl, skew_rkl, todi, power, alpha_beta, tvd)}
 KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True)}    # KL(q || p), KL(p || q)
 
 

@@ -330,3 +330,20 @@ def test_readme_quotes_the_loop_and_its_examples_run(start, monkeypatch):
     z, w = torch.randn(2, 3, 9, dtype=torch.float64)
     both = losses.divergence(z, w, "fkl") + losses.divergence(z, w, "rkl")
     torch.testing.assert_close(losses.divergence(z, w, "jeffreys"), both)
+
+
+def test_the_readmes_divergence_is_all_it_takes(tmp_path):
+    """Its two pieces, put among the other rows of a copy of the project, pass every test that names a row."""
+    diff = re.search(r"```diff\n losses.py\n(.*?) kernels/rows_triton.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    copy = tmp_path / "opd"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    for path, piece, before in (("losses.py", diff[1], "def log_mixture"),
+                                ("kernels/rows_triton.py", diff[2], "@triton.jit\ndef log_mixture")):
+        text = (copy / path).read_text()
+        assert text.count(before) == 1
+        (copy / path).write_text(text.replace(before, re.sub(r"^\+", "", piece, flags=re.M) + "\n\n" + before))
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "hellinger", "tests/test_losses.py",
+                           "tests/test_kernels.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 20, done.stdout[-2000:]
+    said = subprocess.run([sys.executable, "opd.py", "--help"], cwd=copy, capture_output=True, text=True).stdout
+    assert "hellinger" in said

@@ -159,6 +159,55 @@ def test_selection_sees_the_whole_batch_and_normalisation_only_what_is_kept(star
             assert w_T.tolist() == pytest.approx([1 / 8 / len(r.ids_T)] * len(r.ids_T)) or not w_T.any()
 
 
+def metrics(run):
+    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("flags, targets", [
+    (dict(target="veto", veto_beta=0.8), [(1.0, 0.8), (1.0, 0.4), (1.0, 0.0)]),
+    (dict(target="taid", taid_start=0.4), [(0.4, 0.6), (0.7, 0.3), (1.0, 0.0)])], ids=str)
+def test_targets_move_from_step_to_step_and_end_at_the_teacher(start, monkeypatch, flags, targets):
+    seen, ours = [], opd.linear_divergence
+    monkeypatch.setattr(opd, "linear_divergence", lambda *args, **kwargs: (
+        seen.append(kwargs["target"]) if "target" in kwargs else None, ours(*args, **kwargs))[1])
+    run = start(steps=3, **flags)
+    opd.train(run)
+    assert [pytest.approx(t) for t in targets] == seen
+    assert ["gap" in line for line in metrics(run)] == [False, False, True]     # logprob_t is the target's
+
+
+def test_a_moving_target_depends_on_where_the_training_ends(start, argv):
+    run = start(steps=2, target="veto")
+    opd.train(run)
+    with pytest.raises(SystemExit, match="another steps"):
+        opd.Run(opd.configure(argv(steps=4, target="veto", out=run.out, resume=True)))
+
+
+def test_the_gap_is_the_teachers_whatever_the_target(start):
+    """CaMOPD selects on log q(y) - log p(y) of the teacher itself."""
+    plain, taid = (start(method="mopd", loss="rkl", **flags) for flags in ({}, dict(target="taid")))
+    gaps = []
+    for run in (plain, taid):
+        job = Job(run.student, run.teacher, rollouts(run), run.objective, lambda job: [1.0] * 6)
+        opd.score(job, run.cfg)
+        gaps.append(torch.cat([r.gap_T for r in job.rollouts]))
+    torch.testing.assert_close(*gaps)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(loss="rkl", support="student_sg", top_k=5), dict(loss="jsd", jsd_beta=0.1), dict(loss="akl", akl_mu=0.3),
+    dict(loss="alpha_beta", alpha_beta=[0.5, 0.5]), dict(loss="skew_rkl", skew_alpha=0.5),
+    dict(loss="power", power_lambda=-1.5), dict(loss="rkl", loss_temperature=2)], ids=str)
+def test_flags_of_the_objective_reach_the_kernel(start, flags):
+    """The value that is logged is the divergence of that name, knob and support; another default is not it."""
+    values = []
+    for given in (flags, dict(loss=flags["loss"])):
+        run = start(steps=1, **given)
+        opd.train(run)
+        values.append(metrics(run)[0]["value"])
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+
 def test_equal_student_and_teacher_do_not_move(start, models):
     """p = q: zero loss and zero gradient through the whole program; the weights stay, at learning rate 1."""
     for loss in ("rkl", "fkl", "jsd", "pg"):

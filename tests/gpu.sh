@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes: bash tests/gpu.sh OUT
+#   tests.txt                        the kernels' tests on the device
+#   bench.md bench.json bench.png    the fused loss against its floor and its peers (kernels/bench.py)
+#   small.md small.json small.png    the small world in short form, and its steps in small.txt
+# Uses the python3 that is there, installs and downloads nothing. One part that fails does not stop the others.
+set -uo pipefail
+out="$(mkdir -p "${1:?usage: bash tests/gpu.sh OUT}" && cd "$1" && pwd)" || exit 1
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { echo "torch sees no GPU" >&2; exit 1; }
+failed=0
+
+world="$(mktemp -d)/small"
+timeout 290 python3 opd.py --recipe small --quick --out "$world" >"$out/small.txt" 2>&1 &
+timeout 290 python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py 2>&1 | tee "$out/tests.txt" || failed=1
+wait $! || failed=1                             # the benchmark has the machine for itself
+cat "$out/small.txt"
+for pair in report.md:small.md results.json:small.json curves.png:small.png; do
+    cp "$world/${pair%%:*}" "$out/${pair##*:}" || failed=1
+done
+timeout 230 python3 -m kernels.bench --device cuda --out "$out" || failed=1
+exit $failed
