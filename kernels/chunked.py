@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 640 << 20}      # both logit buffers
+CHUNK_BYTES = {"cpu": 104 << 20, "cuda": 640 << 20}      # both logit buffers
 ALIGN = 64                                              # columns: rows of the buffers start on 256 bytes
+TILE = 128                                              # a chunk of whole tiles of the matrix products
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
 
     grad, buffers, width = need_dX or need_dW, 1 if teacher is None else 2, -(-V // ALIGN) * ALIGN
     chunk = (spec.chunk_bytes or CHUNK_BYTES[device.type]) // (buffers * width * work.itemsize)
-    chunks = max(1, -(-len(used) // max(1, chunk)))
-    chunk = max(1, -(-len(used) // chunks))                     # all of about the same size
+    chunk = max(1, min(chunk - chunk % TILE if chunk > TILE else chunk, len(used)))
     z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
     stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
     dX = torch.empty_like(hidden_s) if need_dX else None
@@ -88,6 +88,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
             torch.mm(dz, head_s[:V], out=dX[at])
         if need_dW:
             accumulate(dW[:V], dz, hidden_s[at])
+    z = w = dz = z_buffer = w_buffer = None                     # before dW is copied: they are not needed there
     loss = weighted(stats, weight, label_weight)
     if len(used) < N:
         scatter = lambda x: x.new_zeros(N, *x.shape[1:]).index_copy_(0, used, x)

@@ -6,7 +6,7 @@ import torch
 
 from losses import FLOOR, mix, restrict, top_entries, total
 
-BLOCK = {"cpu": 400_000, "cuda": 1 << 24}       # logits per block of rows
+BLOCK = {"cpu": 200_000, "cuda": 1 << 24}       # logits per block of rows
 
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
