@@ -354,6 +354,12 @@ def text_of(record):
     return "\n\n".join(parts) + "\n"
 
 
+def write(record, out):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(record) + "\n")
+    (out / "bench.md").write_text(text_of(record))
+
+
 def draw(record, path):
     """Left: time over the floor, all cases. Right: memory of the first pair against N, or the buffers."""
     import matplotlib
@@ -430,12 +436,11 @@ def main():
         if (shape, N) == (args.shapes[0], args.tokens[-1]):
             names += [f"ours, {MiB} MiB" for MiB in sizes]
         record["cases"] += run_case(shape, N, loss, names, args)
+        write(record, args.out)                             # a run that is stopped keeps what it has measured
     if args.device == "cuda":
         record["row_kernel"] = row_kernel(args.shapes[0], args.losses, args.repeat)
     record["wall_seconds"] = time.perf_counter() - began
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bench.json").write_text(json.dumps(record) + "\n")
-    (args.out / "bench.md").write_text(text_of(record))
+    write(record, args.out)
     draw(record, args.out / "bench.png")
     print(text_of(record))
 
