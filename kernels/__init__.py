@@ -6,8 +6,8 @@ with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the
 gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
 and only scaled in backward.
 
-Backends, one result: "triton" on GPUs and "torch" everywhere, both the loop of chunked.py with the row step of
-rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
+Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chunked.py with the row step
+of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
 """
 import os
 

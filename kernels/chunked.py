@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = {"cpu": 104 << 20, "cuda": 640 << 20}      # both logit buffers
+CHUNK_BYTES = {"cpu": 104 << 20, "gpu": 640 << 20}      # both logit buffers
 ALIGN = 64                                              # columns: rows of the buffers start on 256 bytes
 TILE = 128                                              # a chunk of whole tiles of the matrix products
 
@@ -71,7 +71,8 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
         teacher = teacher and (teacher[0][used], teacher[1])
 
     grad, buffers, width = need_dX or need_dW, 1 if teacher is None else 2, -(-V // ALIGN) * ALIGN
-    chunk = (spec.chunk_bytes or CHUNK_BYTES[device.type]) // (buffers * width * work.itemsize)
+    budget = spec.chunk_bytes or CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"]
+    chunk = budget // (buffers * width * work.itemsize)
     chunk = max(1, min(chunk - chunk % TILE if chunk > TILE else chunk, len(used)))
     z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
     stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
@@ -88,7 +89,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
             torch.mm(dz, head_s[:V], out=dX[at])
         if need_dW:
             accumulate(dW[:V], dz, hidden_s[at])
-    z = w = dz = z_buffer = w_buffer = None                     # before dW is copied: they are not needed there
+    z = w = dz = z_buffer = w_buffer = None                     # freed before dW is copied
     loss = weighted(stats, weight, label_weight)
     if len(used) < N:
         scatter = lambda x: x.new_zeros(N, *x.shape[1:]).index_copy_(0, used, x)

@@ -6,7 +6,7 @@ import torch
 
 from losses import FLOOR, mix, restrict, top_entries, total
 
-BLOCK = {"cpu": 200_000, "cuda": 1 << 24}       # logits per block of rows
+BLOCK = {"cpu": 200_000, "gpu": 1 << 24}        # logits per block of rows
 
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
@@ -15,7 +15,7 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     With `grad`, returns dLoss/dz_CV in `dtype`.
     """
     C, V = z_CV.shape
-    step = max(1, BLOCK[z_CV.device.type] // V)
+    step = max(1, BLOCK["cpu" if z_CV.device.type == "cpu" else "gpu"] // V)
     for first in range(0, C, step):
         rows = slice(first, first + step)
         block(*(x if x is None else x[rows] for x in (z_CV, w_CV, weight, labels, label_weight)),

@@ -1,9 +1,8 @@
-"""Compile the row kernel for sm_80 and sm_90, GPU or not: a JSON list of (row, arch, form, registers, stack, wide).
+"""Compile the row kernel for sm_80 and sm_90 without a GPU: JSON, (row, arch, form, registers, stack, wide).
 
 stack: bytes, where spilled registers would be. wide: whether logits are loaded 16 bytes at a time.
 """
 import json
-import os
 import re
 import subprocess
 import sys
@@ -33,9 +32,11 @@ def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n.endswith("_ptr") else "fp32")
                  for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n in ("stride", "dz_stride")]
-    source = ASTSource(rows_triton.row_kernel, signature, {(names.index(n),): x for n, x in constants.items()},
-                       {(names.index(n),): [["tt.divisibility", 16]] for n in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": rows_triton.WARPS})
+    at = lambda n: (names.index(n),)
+    source = ASTSource(rows_triton.row_kernel, signature, {at(n): x for n, x in constants.items()},
+                       {at(n): [["tt.divisibility", 16]] for n in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                          options={"num_warps": rows_triton.WARPS})
 
 
 def resources(kernel):
@@ -49,7 +50,8 @@ def resources(kernel):
 variants = [(name, arch, {}) for name in rows_triton.ROWS for arch in (80, 90)]
 variants += [(name, 90, dict(form=form, mix=True, softcap=True))
              for name in ("rkl", "jsd") for form in ("full", "raw", "sg", "renorm", "tail")]
-variants += [("fkl", 90, dict(without=["w_ptr", "weight_ptr"], dz="fp32")), ("rkl", 90, dict(without=["dz_ptr"]))]
+variants += [("fkl", 90, dict(without=["w_ptr", "weight_ptr"], dz="fp32")),
+             ("rkl", 90, dict(without=["dz_ptr"]))]
 rows = []
 for name, arch, options in variants:
     kernel = compiled(name, arch, **options)

@@ -167,7 +167,7 @@ def test_a_logit_transform_that_is_unknown_is_refused(argv, models, monkeypatch)
         out.logits = out.logits + 0.1 * out.logits**2
         return out
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", squared)
-    assert "Qwen3ForCausalLM transforms its logits in a way that is unknown" in said(argv(teachers=[models / "a"]))
+    assert "Qwen3ForCausalLM transforms its logits" in said(argv(teachers=[models / "a"]))
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -177,7 +177,8 @@ def test_a_logit_transform_that_is_unknown_is_refused(argv, models, monkeypatch)
     (dict(loss="akl", support="student_sg", top_k=5), "akl needs the full vocabulary"),
     (dict(loss="pg", target="veto", method="mopd"), "sampled token only"),
     (dict(loss="alpha_beta", alpha_beta=[1, 0]), "A + B above 0"),
-    (dict(loss="power", power_lambda=0), "not 0 (fkl)"), (dict(loss="todi", todi_beta="inf"), "todi_beta")], ids=str)
+    (dict(loss="power", power_lambda=0), "not 0 (fkl)"),
+    (dict(loss="todi", todi_beta="inf"), "todi_beta")], ids=str)
 def test_objectives_that_cannot_be_are_refused(argv, flags, expected):
     assert expected in said(argv(**flags))
 
@@ -334,16 +335,18 @@ def test_readme_quotes_the_loop_and_its_examples_run(start, monkeypatch):
 
 def test_the_readmes_divergence_is_all_it_takes(tmp_path):
     """Its two pieces, put among the other rows of a copy of the project, pass every test that names a row."""
-    diff = re.search(r"```diff\n losses.py\n(.*?) kernels/rows_triton.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    readme = (ROOT / "README.md").read_text()
+    diff = re.search(r"```diff\n losses.py\n(.*?) kernels/rows_triton.py\n(.*?)```", readme, re.S)
     copy = tmp_path / "opd"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
     for path, piece, before in (("losses.py", diff[1], "def log_mixture"),
                                 ("kernels/rows_triton.py", diff[2], "@triton.jit\ndef log_mixture")):
         text = (copy / path).read_text()
         assert text.count(before) == 1
-        (copy / path).write_text(text.replace(before, re.sub(r"^\+", "", piece, flags=re.M) + "\n\n" + before))
+        piece = re.sub(r"^\+", "", piece, flags=re.M)
+        (copy / path).write_text(text.replace(before, f"{piece}\n\n{before}"))
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "hellinger", "tests/test_losses.py",
                            "tests/test_kernels.py"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 20, done.stdout[-2000:]
-    said = subprocess.run([sys.executable, "opd.py", "--help"], cwd=copy, capture_output=True, text=True).stdout
-    assert "hellinger" in said
+    helps = subprocess.run([sys.executable, "opd.py", "--help"], cwd=copy, capture_output=True, text=True)
+    assert "hellinger" in helps.stdout

@@ -35,7 +35,7 @@ def small_blocks(monkeypatch):
     """Several blocks per row and per chunk, the last one ragged."""
     if TRITON:
         monkeypatch.setattr(rows_triton, "BLOCK", 32)
-    monkeypatch.setattr(rows_torch, "BLOCK", {"cpu": 2 * V, "cuda": 2 * V})
+    monkeypatch.setattr(rows_torch, "BLOCK", {"cpu": 2 * V, "gpu": 2 * V})
 
 
 def case(dtype=torch.float32, n=N, vocab=V, pad_s=0, pad_t=0, seed=0):
@@ -76,7 +76,7 @@ def check(c, backend, tolerance=2e-5, **kwargs):
     assert_close(run(c, backend=backend, **kwargs), run(in_float64(c), backend="dense", **kwargs), tolerance)
 
 
-# ---- every row, target, support -------------------------------------------------------------------------------
+# ---- every row, target, support ----------------------------------------------------------------------------
 
 @on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
@@ -109,7 +109,8 @@ def test_akl_needs_a_sort_and_says_so():
 
 @on_both
 @pytest.mark.parametrize("name, knob", [
-    ("jsd", 0.1), ("skew_fkl", 0.7), ("skew_rkl", 0.7), ("todi", 4.0), ("power", -5 / 3), ("alpha_beta", (1.5, -0.5))])
+    ("jsd", 0.1), ("skew_fkl", 0.7), ("skew_rkl", 0.7), ("todi", 4.0), ("power", -5 / 3),
+    ("alpha_beta", (1.5, -0.5))])
 def test_knobs_reach_the_row(backend, name, knob):
     check(case(), backend, divergence=name, knob=knob)
 
@@ -135,10 +136,11 @@ def test_torch_backend_in_float64_with_any_chunk(name):
 def test_any_chunk(backend):
     whole = run(case(), backend=backend, divergence="jsd")
     for rows in (1, 2, 4):
-        assert_close(run(case(), backend=backend, divergence="jsd", chunk_bytes=rows * 2 * 128 * 4), whole, 1e-6)
+        some = run(case(), backend=backend, divergence="jsd", chunk_bytes=rows * 2 * 128 * 4)
+        assert_close(some, whole, 1e-6)
 
 
-# ---- precision and extremes -----------------------------------------------------------------------------------
+# ---- precision and extremes --------------------------------------------------------------------------------
 
 @on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
@@ -147,7 +149,8 @@ def test_bfloat16_keeps_logits_in_float32(backend, name):
     c = case(torch.bfloat16)
     c["hidden_t"] = c["hidden_s"].detach() + 0.02 * c["hidden_s"].detach().roll(1, 0)
     c["head_t"], c["label_weight"], c["weight"] = c["head_s"].detach(), None, c["weight"] + 1
-    ours, oracle = run(c, backend=backend, divergence=name), run(in_float64(c), backend="dense", divergence=name)
+    ours = run(c, backend=backend, divergence=name)
+    oracle = run(in_float64(c), backend="dense", divergence=name)
     assert oracle[3]["value"].abs().max() < 0.05                 # they do nearly agree
     for a, b in zip(ours[1:3], oracle[1:3]):
         assert a.dtype == torch.bfloat16 and (a.double() - b).norm() < 0.01 * b.norm()
@@ -197,7 +200,8 @@ def test_extreme_logits_are_finite_and_right(backend, name, support):
     top_k = None if support == "full" else 9
     weight = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0, 1.0, -1.0, 1.0])
     knob = DIVERGENCES[name].default
-    value, entropy, dz = row_step(backend, z, w, weight, divergence=name, knob=knob, support=support, top_k=top_k)
+    value, entropy, dz = row_step(backend, z, w, weight, divergence=name, knob=knob, support=support,
+                                  top_k=top_k)
     z = z.double().clamp(min=FLOOR).requires_grad_()
     oracle = kernels.divergence(z, w.double(), name, support=support, top_k=top_k)
     exact, = torch.autograd.grad((weight * oracle).sum(), z)
@@ -213,17 +217,18 @@ def test_a_broken_logit_is_not_hidden(backend):
     z, w = torch.randn(3, 70), torch.randn(3, 70)
     z[1, 40] = torch.nan
     value, _, dz = row_step(backend, z, w, torch.ones(3), divergence="rkl")
-    assert value.isnan().tolist() == [False, True, False] and dz[1].isnan().any() and dz[[0, 2]].isfinite().all()
+    assert value.isnan().tolist() == [False, True, False]
+    assert dz[1].isnan().any() and dz[[0, 2]].isfinite().all()
 
 
-# ---- the interface --------------------------------------------------------------------------------------------
+# ---- the interface -----------------------------------------------------------------------------------------
 
 def test_gradcheck_and_backward_twice():
     c = case(torch.float64, n=4, vocab=23)
     for support, k in (("full", None), ("student_tail", 9)):
         f = lambda x, w: linear_divergence(
-            x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd", labels_N=c["labels"], support=support,
-            top_k=k, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
+            x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd", labels_N=c["labels"],
+            support=support, top_k=k, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
         assert torch.autograd.gradcheck(f, (c["hidden_s"], c["head_s"]))
     loss = f(c["hidden_s"], c["head_s"])
     first = torch.autograd.grad(loss, c["head_s"], retain_graph=True)[0]
@@ -252,8 +257,8 @@ def test_padded_vocabulary_has_no_probability_and_no_gradient(backend):
 @on_both
 def test_logprob_is_weighted_cross_entropy(backend):
     c, exact = case(), in_float64(case())
-    loss, stats = linear_logprob(c["hidden_s"], c["head_s"], c["labels"], c["weight"], temperature=1.5, softcap=4.0,
-                                 backend=backend)
+    loss, stats = linear_logprob(c["hidden_s"], c["head_s"], c["labels"], c["weight"], temperature=1.5,
+                                 softcap=4.0, backend=backend)
     z = 4 * torch.tanh(exact["hidden_s"] @ exact["head_s"].T / 4) / 1.5
     reference = (exact["weight"] * torch.nn.functional.cross_entropy(z, c["labels"], reduction="none")).sum()
     assert abs(loss - reference) < 2e-5 * abs(reference)
@@ -269,7 +274,8 @@ def test_nothing_kept_is_a_zero_loss(backend):
     for n in (N, 0):
         loss, _ = linear_divergence(c["hidden_s"][:n], c["head_s"], c["hidden_t"][:n], c["head_t"],
                                     torch.zeros(n, device=DEVICE), backend=backend)
-        assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (c["hidden_s"], c["head_s"])))
+        assert loss == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, (c["hidden_s"], c["head_s"])))
 
 
 def test_a_tied_head_adds_up_and_a_bias_is_one_more_column():
@@ -280,8 +286,8 @@ def test_a_tied_head_adds_up_and_a_bias_is_one_more_column():
     for backend in ("torch", "dense"):
         hidden = torch.tanh(c["head_s"][c["labels"]] * 3)
         hidden = torch.cat([hidden, hidden.new_ones(N, 1)], 1)
-        loss, _ = linear_divergence(hidden, torch.cat([c["head_s"], bias[:, None]], 1), c["hidden_t"], c["head_t"],
-                                    backend=backend)
+        loss, _ = linear_divergence(hidden, torch.cat([c["head_s"], bias[:, None]], 1), c["hidden_t"],
+                                    c["head_t"], backend=backend)
         losses.append(torch.autograd.grad(loss, (c["head_s"], bias)))
     for a, b in zip(*losses):
         torch.testing.assert_close(a, b)
@@ -322,7 +328,7 @@ def test_two_losses_before_one_backward():
         torch.testing.assert_close(x, y)
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
@@ -342,10 +348,11 @@ def test_no_tensor_of_the_size_of_the_logits(name):
     n, v, rows = 256, 2048, 16
     tensors = [torch.randn(k, 8, generator=g).to(DEVICE) for k in (n, v, n, v)]
     x, w = (t.requires_grad_() for t in tensors[:2])
-    for backend, holds in (("torch", False), ("dense", True)):   # the counter does see the dense path's logits
+    for backend, holds in (("torch", False), ("dense", True)):  # the counter does see the dense path's logits
         chunked._held.__dict__.clear()
         with Largest() as largest:
-            linear_divergence(*tensors, divergence=name, chunk_bytes=rows * 2 * v * 4, backend=backend)[0].backward()
+            linear_divergence(*tensors, divergence=name, chunk_bytes=rows * 2 * v * 4,
+                              backend=backend)[0].backward()
         assert (largest.elements >= n * v) == holds and (largest.elements <= rows * v) == (not holds)
     assert x.grad is not None and w.grad is not None
 
@@ -365,7 +372,7 @@ def test_gpu_memory_is_flat_in_the_number_of_tokens(backend):
     assert peak(16384) - peak(2048) < 8 * (16384 - 2048) * 64 + (1 << 20)
 
 
-# ---- Triton without a GPU --------------------------------------------------------------------------------------
+# ---- Triton without a GPU ----------------------------------------------------------------------------------
 
 def test_triton_knows_every_row_but_those_that_sort():
     pytest.importorskip("triton")
@@ -376,17 +383,42 @@ def test_triton_knows_every_row_but_those_that_sort():
 def test_kernels_compile_for_sm_80_and_sm_90_without_spills():
     """In a process of its own, since this one may interpret Triton."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py"], capture_output=True, text=True,
-                          env=env)
+    done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py"], capture_output=True,
+                          text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = json.loads(done.stdout)
-    assert {(name, arch) for name, arch, *_ in compiled} >= {(name, arch) for name in ENTRYWISE for arch in (80, 90)}
+    assert {(name, arch) for name, arch, *_ in compiled} == {
+        (name, arch) for name in ENTRYWISE for arch in (80, 90)}
     for name, arch, form, registers, stack, wide in compiled:
         assert stack <= 16 and registers < 255, (name, arch, form, registers, stack)
         assert wide, f"{name} {form}: logits are not loaded 16 bytes at a time"
 
 
-# ---- wrong arguments ------------------------------------------------------------------------------------------
+# ---- the benchmark -----------------------------------------------------------------------------------------
+
+def test_the_benchmark_compares_the_same_gradients_and_leaves_its_record(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--quick", "--device", DEVICE,
+                           "--repeat", "3", "--out", tmp_path], cwd=Path(kernels.__file__).parent.parent,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "bench.json").read_text())
+    for loss in ("rkl", "jsd"):
+        rows = {row["contestant"]: row for row in record["cases"] if row["loss"] == loss}
+        assert rows["products"]["over_floor"] == 1 and rows["ours"]["over_floor"] > 1
+        assert rows["naive torch"]["cosine"] > 0.99
+        assert all("over_floor" in row or row["text"] for row in rows.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="would run everything")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    done = subprocess.run(["bash", Path(__file__).parent / "gpu.sh", tmp_path], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr == "torch sees no GPU\n"
+
+
+# ---- wrong arguments ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(divergence="kld"), "unknown divergence"), (dict(support="top-k", top_k=5), "student_raw"),

@@ -105,7 +105,8 @@ def family(name, seed, folder, tok):
     """A tiny model of another family, with logits of some size and a bias that is not 0."""
     torch.manual_seed(seed)
     common = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                  num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+                  num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+                  pad_token_id=0)
     config = getattr(transformers, f"{name}Config")(**common | FAMILIES[name])
     net = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -119,9 +120,10 @@ def family(name, seed, folder, tok):
 @pytest.mark.parametrize("loss", ["rkl", "nll"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tmp_path, name, loss):
-    """Bias, softcap and logit scale, of student and teacher: against the logits that transformers computes."""
+    """Bias, softcap and logit scale, of student and teacher: against the logits of transformers itself."""
     tok = transformers.AutoTokenizer.from_pretrained(models / "a")
-    run = double(start(student=family(name, 0, tmp_path / "s", tok), teachers=[family(name, 1, tmp_path / "t", tok)]))
+    run = double(start(student=family(name, 0, tmp_path / "s", tok),
+                       teachers=[family(name, 1, tmp_path / "t", tok)]))
     objective = Objective(label="nll") if loss == "nll" else Objective(divergence=loss)
     job = Job(run.student, run.teacher, rollouts(run), objective)
     value = accumulate(run, [job])
@@ -195,11 +197,12 @@ def test_the_gap_is_the_teachers_whatever_the_target(start):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(loss="rkl", support="student_sg", top_k=5), dict(loss="jsd", jsd_beta=0.1), dict(loss="akl", akl_mu=0.3),
+    dict(loss="rkl", support="student_sg", top_k=5), dict(loss="jsd", jsd_beta=0.1),
+    dict(loss="akl", akl_mu=0.3),
     dict(loss="alpha_beta", alpha_beta=[0.5, 0.5]), dict(loss="skew_rkl", skew_alpha=0.5),
     dict(loss="power", power_lambda=-1.5), dict(loss="rkl", loss_temperature=2)], ids=str)
 def test_flags_of_the_objective_reach_the_kernel(start, flags):
-    """The value that is logged is the divergence of that name, knob and support; another default is not it."""
+    """The logged value changes with the flag: it is the divergence of that name, knob and support."""
     values = []
     for given in (flags, dict(loss=flags["loss"])):
         run = start(steps=1, **given)

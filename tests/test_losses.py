@@ -52,7 +52,7 @@ def test_slope_is_the_derivative_of_the_value(name):
 
 
 def test_the_slopes_with_a_stopped_gradient():
-    """todi and akl hold their weights fixed, so finite differences of the value would not find their slope."""
+    """todi and akl hold their weights fixed: finite differences of the value would not find their slope."""
     z, w = logits(3, 6).requires_grad_(), logits(3, 6, seed=1)
     p, q = z.softmax(-1), w.softmax(-1)
     a = (q / (p + q)).detach()
@@ -94,7 +94,7 @@ def test_extreme_logits_stay_finite(name):
 
 
 def test_akl_weighs_forward_by_the_gap_in_the_head_and_reverse_by_that_in_the_tail():
-    """q's head within half of its mass is {.4}; .4 + .3 is more than half. A dominant entry is always head."""
+    """The head within half of q's mass is {.4}: .4 + .3 is more. A dominant entry is always head."""
     for q, head in ((torch.tensor([0.3, 0.4, 0.1, 0.2]), 1), (torch.tensor([0.1, 0.1, 0.7, 0.1]), 2)):
         q, p = q.double(), torch.tensor([0.25, 0.25, 0.25, 0.25]).double()
         gap = (p - q).abs()
@@ -160,7 +160,8 @@ def support_gradient(z, w, name, support, k=4):
 @pytest.mark.parametrize("support", SUPPORTS[1:])
 def test_a_support_of_everything_is_the_full_one(name, support):
     z, w = logits(5, 11), logits(5, 11, seed=1)
-    for ours, full in zip(support_gradient(z, w, name, support, 11), support_gradient(z, w, name, "full", None)):
+    for ours, full in zip(support_gradient(z, w, name, support, 11),
+                          support_gradient(z, w, name, "full", None)):
         torch.testing.assert_close(ours, full)
 
 
@@ -173,9 +174,12 @@ def test_supports_are_what_they_say(name, whose):
     p, q = z.softmax(-1), w.softmax(-1)
     gathered = divergence(z.gather(1, ids), w.gather(1, ids), name)
     torch.testing.assert_close(divergence(z, w, name, support=f"{whose}_renorm", top_k=4), gathered)
-    merged = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], 1).log() for x in (p, q)]
-    torch.testing.assert_close(divergence(z, w, name, support=f"{whose}_tail", top_k=4), divergence(*merged, name))
-    (raw_value, raw), (sg_value, sg) = (support_gradient(z, w, name, f"{whose}_{form}") for form in ("raw", "sg"))
+    merged = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], 1).log()
+              for x in (p, q)]
+    torch.testing.assert_close(divergence(z, w, name, support=f"{whose}_tail", top_k=4),
+                               divergence(*merged, name))
+    (raw_value, raw), (sg_value, sg) = (support_gradient(z, w, name, f"{whose}_{form}")
+                                        for form in ("raw", "sg"))
     torch.testing.assert_close(raw_value, sg_value)
     x = z.clone().requires_grad_()
     mass = torch.autograd.grad(x.softmax(-1).gather(1, ids).sum(), x)[0]
@@ -210,12 +214,13 @@ def test_entries_that_tie_with_the_last_of_the_top_k_count_too():
 
 def test_supports_that_cannot_be_are_refused():
     for name, support, k, message in (("rkl", "top-k", 5, "student_raw"), ("rkl", "full", 5, "top_k"),
-                                      ("rkl", "student_sg", None, "top_k"), ("akl", "student_sg", 5, "akl needs")):
+                                      ("rkl", "student_sg", None, "top_k"),
+                                      ("akl", "student_sg", 5, "akl needs")):
         with pytest.raises(ValueError, match=message):
             check_support(name, support, top_k=k)
 
 
-# ---- targets and estimators ----------------------------------------------------------------------------------
+# ---- targets and estimators --------------------------------------------------------------------------------
 
 def test_targets_end_at_the_teacher():
     assert target_at("teacher", 0.8, 0.3) == (1.0, 0.0)
