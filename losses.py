@@ -175,7 +175,7 @@ def lookup(name, knob=None):
     if knob is not None and row.knob is None:
         raise ValueError(f"divergence {name!r} has no knob, but was given {knob}")
     knob = row.default if knob is None else knob
-    if row.knob and not row.usable(knob):
+    if row.knob and (isinstance(knob, tuple) != isinstance(row.default, tuple) or not row.usable(knob)):
         raise ValueError(f"{name} cannot use {row.knob} {knob}; it is the {row.about or name}")
     return row, knob
 
@@ -263,7 +263,8 @@ def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0
     """The dense reference: divergence of softmax(z / temperature) from the target, per token.
 
     z_NV: the student's logits, any float dtype (float64 stays float64); differentiable in z only.
-    w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first.
+    w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first. Both are floored at FLOOR;
+    a student's logit below it has no gradient.
     support, top_k: which entries count; the top k are of the logits z or w.
     Returns value_N in nats. Materialises several [N, V] tensors: use kernels.linear_divergence to train.
     """
@@ -292,7 +293,7 @@ class Objective:
     """
     divergence: str | None = None
     label: str | None = None
-    knob: float | None = None
+    knob: float | tuple | None = None
     temperature: float = 1.0
     target: tuple = (1.0, 0.0)
     support: str = "full"

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from data import flags, recipes, report     # before the model classes: see data/__init__.py
@@ -58,17 +59,23 @@ class Model:
 
     @property
     def head_VH(self):
-        """The output head; a bias is its last column, to go with the column of ones in `states`."""
+        """The output head; a bias is one more column, to go with the ones in `states`."""
         head = self.net.get_output_embeddings()
-        return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], 1)
+        if head.bias is None:
+            return head.weight
+        return pad(torch.cat([head.weight, head.bias[:, None]], 1), (0, 7))     # widths stay multiples of 8
+
+    @property
+    def logit_scale(self):
+        """What the model multiplies its logits with (Cohere, Granite)."""
+        config = self.net.config.get_text_config()
+        return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
     def states(self, hidden_NH):
-        """Last hidden states times the model's logit scale (Cohere, Granite): logits = states @ head_VH.T."""
-        config = self.net.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        hidden_NH = hidden_NH if scale == 1 else hidden_NH * scale
+        """Last hidden states as the loss wants them: logits = softcapped(states @ head_VH.T)."""
+        hidden_NH = hidden_NH if self.logit_scale == 1 else hidden_NH * self.logit_scale
         if self.net.get_output_embeddings().bias is not None:
-            hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], 1)
+            hidden_NH = pad(pad(hidden_NH, (0, 1), value=1.0), (0, 7))
         return hidden_NH
 
     @property
@@ -116,8 +123,6 @@ def load(path, cfg, learns=False, weights=None):
         # rounding noise where they agree.
         net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
     model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, defaults)
-    if model.vocab > len(model.head_VH):
-        fail(f"{path}: the tokenizer has {model.vocab} ids, the model only {len(model.head_VH)} rows")
     check_head(model)
     if learns:
         model.optimizers = build_optimizers(model, cfg)
@@ -128,26 +133,38 @@ def load(path, cfg, learns=False, weights=None):
 def check_head(model):
     """Refuse a model whose logits are not what the loss will compute from its states, head and softcap.
 
-    The head's input is scaled up until the largest logit is 100, where no softcap can hide.
+    The head must be a matrix, what goes into it the last hidden states, and what comes out of the model the
+    transforms that are known here, tried on a probe in place of the head's output.
     """
-    head, size = model.net.get_output_embeddings(), 1.0
-    if not isinstance(head, torch.nn.Linear):
-        fail(f"{model.path}: the output head of {type(model.net).__name__} is no linear layer, which is not "
-             "supported")
+    net, head, seen = model.net, model.net.get_output_embeddings(), {}
+    rows, kind = getattr(head, "out_features", 0), type(net).__name__
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != (rows, head.in_features):
+        fail(f"{model.path}: the output head of {kind} is not a plain matrix, which is not supported")
+    if model.vocab > rows:
+        fail(f"{model.path}: the tokenizer has {model.vocab} ids, the model only {rows} rows")
     ids_BT = torch.arange(4, device=model.device)[None] % model.vocab
-    scale_up = head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * size,))
-    with model.autocast():
-        hidden_NH = model.net.base_model(ids_BT, use_cache=False).last_hidden_state[0].float()
-        size = 100 / (hidden_NH @ head.weight.float().T).abs().max().clamp(min=1e-6).item()
-        theirs_NV = model.net(ids_BT, use_cache=False).logits[0].float()
-    scale_up.remove()
-    ours_NV = model.states(hidden_NH * size) @ model.head_VH.float().T
+    probe_BTV = torch.linspace(-100, 100, 4 * rows, device=model.device).view(1, 4, rows)
+
+    def replace_output(module, inputs, output):
+        seen["input"] = inputs[0].float()
+        return probe_BTV.clone()
+
+    hook = head.register_forward_hook(replace_output)
+    try:
+        with model.autocast():
+            hidden_BTH = net.base_model(ids_BT, use_cache=False).last_hidden_state.float()
+            theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
+    except RuntimeError as error:
+        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: {error}")
+    finally:
+        hook.remove()
+    ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
     if model.softcap:
-        ours_NV = model.softcap * torch.tanh(ours_NV / model.softcap)
-    off = (theirs_NV - ours_NV).abs().max() / ours_NV.abs().max()
-    if not off < (1e-4 if model.dtype == torch.float32 else 0.03):
-        fail(f"{model.path}: {type(model.net).__name__} transforms its logits in a way that is unknown here: "
-             "not a bias, logit_scale, logits_scaling or final_logit_softcapping")
+        ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
+    if not (torch.allclose(seen["input"], hidden_BTH, rtol=1e-2, atol=1e-3 * hidden_BTH.abs().max().item())
+            and torch.allclose(theirs_BTV, ours_BTV, rtol=1e-4, atol=1e-3)):
+        fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
+             "logit_scale, logits_scaling or final_logit_softcapping")
 
 
 def check_same_tokens(student, teacher):
@@ -167,7 +184,7 @@ def check_same_tokens(student, teacher):
 
 def build_optimizers(model, cfg):
     """AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Only matrices decay."""
-    ends = {id(model.head_VH), id(model.net.get_input_embeddings().weight)}
+    ends = {id(model.net.get_output_embeddings().weight), id(model.net.get_input_embeddings().weight)}
     params = list(model.net.parameters())
     hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
     rest = [p for p in params if not any(p is h for h in hidden)]
@@ -394,8 +411,9 @@ def update(run, jobs, weights):
     norm = 0.0
     for student in dict.fromkeys(job.student for job in jobs):
         norm += torch.nn.utils.clip_grad_norm_(student.net.parameters(), cfg.grad_clip or math.inf).item()
-        if not math.isfinite(norm):
-            fail(f"step {step + 1}: the gradient's norm is {norm}; lower --lr or look at the data. "
+        if not math.isfinite(norm + sum(losses)):
+            fail(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; lower --lr or "
+                 "look at the data. "
                  f"What {run.out} holds is intact")
         for optimizer in student.optimizers:
             for group in optimizer.param_groups:
@@ -651,7 +669,8 @@ def check_start(run, job):
     pair = [(rollout_prompt(student, r, cfg), r.ids_T) for r in some[:2]]
     together_NH = completion_hidden(student, *map(list, zip(*pair)))
     alone_NH = torch.cat([completion_hidden(student, [prompt], [ids_T]) for prompt, ids_T in pair])
-    kl, _ = linear_divergence(together_NH, student.head_VH, alone_NH, student.head_VH, vocab=student.vocab)
+    kl, _ = linear_divergence(together_NH, student.head_VH, alone_NH, student.head_VH, vocab=student.vocab,
+                              softcap_s=student.softcap, softcap_t=student.softcap)
     kl = kl.item() / len(alone_NH)
     if not abs(kl) < (1e-4 if exact else 1e-2):
         fail(f"KL(student, student) = {kl:.2e} nats per token instead of 0: forward pass or loss is broken")

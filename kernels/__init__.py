@@ -9,6 +9,7 @@ and only scaled in backward.
 Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chunked.py with the row step
 of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
 """
+import importlib.util
 import os
 
 import torch
@@ -42,8 +43,9 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
 
     Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N]
     tensors of softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels
-    logprob_s, logprob_t; the _t entries describe the target. Tokens whose weights are both 0 are skipped and
-    read 0 in stats.
+    logprob_s, logprob_t; the _t entries describe the target. They are float32, so a value is exact to about
+    1e-6 nats however small it is; ties of top1_agree may go either way. Tokens whose weights are both 0 are
+    skipped, whatever their label, and read 0 in stats.
     """
     _, knob = lookup(divergence, knob)
     check_support(divergence, support, top_k)
@@ -73,24 +75,25 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, back
     for name, x in dict(hidden_t=hidden_t, weight=weight, labels=labels, label_weight=label_weight).items():
         assert x is None or len(x) == N, f"{name} has {len(x)} rows, hidden_s has {N}"
     assert 0 < vocab <= min(rows), f"vocab {vocab} is not within 1 and the heads' {min(rows)} rows"
-    assert labels is None or N == 0 or 0 <= labels.min() <= labels.max() < vocab, \
-        "labels outside the shared vocabulary"
     assert label_weight is None or labels is not None, "label_weight_N needs labels_N"
     assert temperature > 0, temperature
+    if hidden_s.dtype == torch.float16:
+        raise ValueError("float16 hidden states: the gradients of logits underflow; use bfloat16 or float32")
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     if head_t is not None and weight is None:
         weight = hidden_s.new_ones(N, dtype=work)
     weight, label_weight = (x if x is None else x.detach().to(work) for x in (weight, label_weight))
     spec = chunked.Spec(temperature=temperature, vocab=vocab, **scalars)
     backend = _choose(backend, hidden_s, spec.divergence)
-    if backend == "dense":
-        return _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work)
     if backend == "triton":
         from . import rows_triton as rows       # where there is no GPU, there may be no triton
     else:
         rows = rows_torch
-    loss, *stats = _Fused.apply(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec,
-                                rows.fill, torch.is_grad_enabled())
+    tensors = hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight
+    with torch.autocast(hidden_s.device.type, enabled=False):   # it would compute statistics in bf16
+        if backend == "dense":
+            return _dense(*tensors, spec, work)
+        loss, *stats = _Fused.apply(*tensors, spec, rows.fill, torch.is_grad_enabled())
     return loss, dict(zip(spec.stats(labels), stats))
 
 
@@ -99,13 +102,13 @@ def _choose(backend, hidden, name):
     if backend not in (None, *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     sorts = name is not None and not DIVERGENCES[name].elementwise
-    on_gpu = hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    can = not sorts and hidden.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     if backend is None:
-        return "triton" if hidden.is_cuda and not sorts and hidden.dtype != torch.float64 else "torch"
-    if backend == "triton" and (sorts or hidden.dtype == torch.float64 or not on_gpu):
+        return "triton" if can and hidden.is_cuda else "torch"
+    if backend == "triton" and not (can and (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         raise ValueError(f"backend 'triton' cannot do {name or 'this'} on {hidden.device.type} in "
-                         f"{hidden.dtype}: it needs a GPU, no float64, and a divergence that does not sort; "
-                         "use 'torch'")
+                         f"{hidden.dtype}: it needs Triton, a GPU, no float64, and a divergence that does "
+                         "not sort; use 'torch'")
     return backend
 
 
@@ -134,7 +137,7 @@ def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spe
         z = hidden[used].to(work) @ head[:spec.vocab].to(work).T
         return (softcap * torch.tanh(z / softcap) if softcap else z).clamp(min=FLOOR)
 
-    used = chunked.used_rows(weight, label_weight)
+    used = chunked.used_rows(weight, label_weight, labels, spec.vocab)
     some = {}
     z = logits(hidden_s, head_s, spec.softcap_s)
     lp = torch.log_softmax(z / spec.temperature, -1)

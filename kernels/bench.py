@@ -48,14 +48,14 @@ from . import chunked, linear_divergence
 
 SHAPES = {                                  # student's width Hs, teacher's width Ht, vocabulary V
     "tiny": (64, 128, 5003), "small": (256, 512, 50257),
-    "4B-to-0.6B": (1024, 2560, 151936), "8B-to-0.6B": (1024, 4096, 151936),     # Qwen3
+    "8B-to-0.6B": (1024, 4096, 151936), "4B-to-0.6B": (1024, 2560, 151936),     # Qwen3
     "8B-to-1.7B": (2048, 4096, 151936), "14B-to-4B": (2560, 5120, 151936)}
 DEFAULTS = {                                # device, quick -> shapes, tokens, rounds, MiB of logit buffers
     ("cpu", True): (["tiny"], [128], 3, [1, 2, 4]),
     ("cpu", False): (["small"], [512], 5, [32, 64, 128, 256]),
-    ("cuda", True): (["4B-to-0.6B"], [2048], 3, [160, 640]),
+    ("cuda", True): (["8B-to-0.6B"], [2048], 3, [160, 640]),
     ("cuda", False): (list(SHAPES)[2:], [2048, 8192, 32768], 10, [160, 320, 640, 1280, 2560])}
-VARIANTS = [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16)]     # BLOCK, WARPS of the row kernel
+VARIANTS = [(512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16)]    # BLOCK, WARPS
 SECONDS = {"cpu": 60, "cuda": 4}            # a case starts no further round after so long,
 ROUNDS = 3                                  # but not before so many
 LOGIT_STD = 2.5
@@ -358,6 +358,7 @@ def write(record, out):
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(record) + "\n")
     (out / "bench.md").write_text(text_of(record))
+    draw(record, out / "bench.png")
 
 
 def draw(record, path):
@@ -409,6 +410,7 @@ def main():
     parser.add_argument("--losses", nargs="+", choices=BETA, default=list(BETA))
     parser.add_argument("--repeat", type=positive,
                         help=f"rounds at most; after {ROUNDS}, time is a limit too: {SECONDS} s a case")
+    parser.add_argument("--seconds", type=positive, help="starts no further case after so long")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -430,18 +432,20 @@ def main():
                       "torch", "triton", "liger-kernel", "trl", "transformers")}},
                   dtype="bfloat16" if args.device == "cuda" else "float32", tokens=args.tokens,
                   shapes={name: SHAPES[name] for name in args.shapes}, cases=[], row_kernel=None)
+    if args.device == "cuda":
+        record["row_kernel"] = row_kernel(args.shapes[0], args.losses, args.repeat)
     for shape, N, loss in (progress := tqdm(cases, unit="case")):
+        if args.seconds and time.perf_counter() - began > args.seconds:
+            record["cases"] += [dict(shape=shape, tokens=N, loss=loss, contestant="all", text="not run")]
+            continue
         progress.set_description(f"{shape}, N {N}, {loss}")
         names = [name for name in CONTESTANTS if args.device == "cuda" or name != "ours, torch"]
         if (shape, N) == (args.shapes[0], args.tokens[-1]):
             names += [f"ours, {MiB} MiB" for MiB in sizes]
         record["cases"] += run_case(shape, N, loss, names, args)
+        record["wall_seconds"] = time.perf_counter() - began
         write(record, args.out)                             # a run that is stopped keeps what it has measured
-    if args.device == "cuda":
-        record["row_kernel"] = row_kernel(args.shapes[0], args.losses, args.repeat)
-    record["wall_seconds"] = time.perf_counter() - began
     write(record, args.out)
-    draw(record, args.out / "bench.png")
     print(text_of(record))
 
 

@@ -39,10 +39,14 @@ class Spec:
         return names
 
 
-def used_rows(weight, label_weight):
+def used_rows(weight, label_weight, labels, vocab):
     """Indices of tokens that any weight keeps. Others get no work, exact zero gradients and statistics."""
     kept = [w != 0 for w in (weight, label_weight) if w is not None]
-    return torch.stack(kept).any(0).nonzero()[:, 0]
+    used = torch.stack(kept).any(0).nonzero()[:, 0]
+    if labels is not None and len(used):
+        least, most = labels[used].aminmax()
+        assert 0 <= least and most < vocab, f"labels from {least} to {most}, but the vocabulary has {vocab}"
+    return used
 
 
 def weighted(stats, weight, label_weight):
@@ -64,7 +68,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
     V, N, device, grad_dtype = spec.vocab, len(hidden_s), hidden_s.device, head_s.dtype
     hidden_s, head_s = hidden_s.detach(), head_s.detach().to(hidden_s.dtype)
     teacher = None if head_t is None else (hidden_t.detach(), head_t.detach().to(hidden_t.dtype))
-    used = used_rows(weight, label_weight)
+    used = used_rows(weight, label_weight, labels, V)
     if len(used) < N:
         hidden_s, weight, labels, label_weight = (
             x if x is None else x[used] for x in (hidden_s, weight, labels, label_weight))

@@ -18,7 +18,7 @@ import losses
 
 FLOOR, MASKED = tl.constexpr(losses.FLOOR), tl.constexpr(losses.MASKED)
 CLAMP, TINY = tl.constexpr(losses.CLAMP), tl.constexpr(torch.finfo(torch.float32).tiny)
-BLOCK, WARPS = 2048, 8      # vocabulary entries per step of a sweep, warps per program
+BLOCK, WARPS = 1024, 4      # vocabulary entries per step of a sweep, warps per program
 
 
 # ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
@@ -172,10 +172,11 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
     for first in range(0, V, BLOCK):
         columns = first + lanes
         z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
+        if TEACHER:                                     # loaded before the first reduction waits
+            t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
         m_z, moved_z, u_z, e_z, shrink_z = shifted(z, m_z)
         E_z = shrink_z * (E_z + Z_z * moved_z) + e_z * u_z
         if TEACHER:
-            t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
             w = target_a * t + target_b * z if MIX else t
             m_w, moved_w, u_w, e_w, shrink_w = shifted(w, m_w)
             E_w = shrink_w * (E_w + Z_w * moved_w) + e_w * u_w
@@ -204,6 +205,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
     if TEACHER:
         sum_w = tl.sum(Z_w, 0)
         log_w = tl.log(sum_w)
+        broken = 0.0 * (log_z + log_w)                  # NaN if a logit is: maxima and selects hide it
         tl.store(entropy_t_ptr + row, log_w - tl.sum(E_w, 0) / sum_w)
         tl.store(top1_agree_ptr + row, tl.max(agree, 0).to(tl.float32))
         if label_ptr is not None:
@@ -243,12 +245,12 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 g, slope_tail = ROW(lp_tail, lq_tail, tl.exp(lp_tail), tl.exp(lq_tail), a, b)
                 value += g
                 slope += slope_tail
-        tl.store(value_ptr + row, value)
+        tl.store(value_ptr + row, value + broken)
 
     if dz_ptr is not None:
         dz_ptr += row * dz_stride
         if TEACHER:
-            weight = tl.load(weight_ptr + row)
+            weight = tl.load(weight_ptr + row) + broken
         if label_weight_ptr is not None:
             label_weight = tl.load(label_weight_ptr + row)
         for first in range(0, V, BLOCK):

@@ -1,6 +1,8 @@
-"""Compile the row kernel for sm_80 and sm_90 without a GPU: JSON, (row, arch, form, registers, stack, wide).
+"""Compile the row kernel for sm_80 and sm_90, without a GPU. Prints a JSON list of
+(row, architecture, form, registers, stack, wide, barrier) per variant.
 
-stack: bytes, where spilled registers would be. wide: whether logits are loaded 16 bytes at a time.
+stack: bytes, where spilled registers would be. wide: logits are loaded 16 bytes at a time. barrier: one comes
+right before the stores of the gradient, which overwrite other threads' logits.
 """
 import json
 import re
@@ -55,6 +57,8 @@ variants += [("fkl", 90, dict(without=["w_ptr", "weight_ptr"], dz="fp32")),
 rows = []
 for name, arch, options in variants:
     kernel = compiled(name, arch, **options)
-    rows.append((name, arch, options.get("form", "full"), *resources(kernel),
-                 bool(re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"]))))
+    ptx = kernel.asm["ptx"]
+    before_stores = re.split(r"ld\.global|\$L__BB\d+_\d+:", ptx.rpartition("st.global.v4")[0])[-1]
+    rows.append((name, arch, options.get("form", "full"), *resources(kernel), "ld.global.v4.b32" in ptx,
+                 "bar.sync" in before_stores or "dz_ptr" in options.get("without", ())))
 print(json.dumps(rows))

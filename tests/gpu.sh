@@ -19,5 +19,5 @@ cat "$out/small.txt"
 for pair in report.md:small.md results.json:small.json curves.png:small.png; do
     cp "$world/${pair%%:*}" "$out/${pair##*:}" || failed=1
 done
-timeout 230 python3 -m kernels.bench --device cuda --out "$out" || failed=1
+timeout 240 python3 -m kernels.bench --device cuda --seconds 180 --out "$out" || failed=1
 exit $failed

@@ -157,17 +157,22 @@ def test_different_tokenizers_are_refused_with_the_first_differences(argv, model
     assert "'<new>': None / 81" in said(argv(teachers=[tmp_path / "other"]))
 
 
-def test_a_logit_transform_that_is_unknown_is_refused(argv, models, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transform", [lambda z: 1.02 * z, lambda z: z + 0.1,
+                                       lambda z: 50 * torch.tanh(z / 50)], ids=["scale", "shift", "softcap"])
+def test_a_logit_transform_that_is_unknown_is_refused(argv, models, monkeypatch, transform, dtype):
     """The gradient would be that of another model."""
     from transformers import Qwen3ForCausalLM
     forward = Qwen3ForCausalLM.forward
 
-    def squared(self, *args, **kwargs):
+    def transformed(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        out.logits = out.logits + 0.1 * out.logits**2
+        out.logits = transform(out.logits)
         return out
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", squared)
-    assert "Qwen3ForCausalLM transforms its logits" in said(argv(teachers=[models / "a"]))
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", transformed)
+    assert "Qwen3ForCausalLM transforms its logits" in said(argv(teachers=[models / "a"], dtype=dtype))
+    monkeypatch.setattr(Qwen3ForCausalLM, "get_output_embeddings", lambda self: None)
+    assert "not a plain matrix" in said(argv())
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -135,6 +135,16 @@ def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tm
     assert value == pytest.approx(expected.item(), rel=1e-6) and ours.keys() == grads().keys()
     for n, g in grads().items():
         assert (ours[n] - g).abs().max() < 1e-6 * g.abs().max() + 1e-12, n
+    if loss == "nll":                                            # scoring sees the same logits
+        lp = opd.log_probs(run.student, job.rollouts, objective, run.cfg)
+        assert value == pytest.approx(-sum(lp_T.mean().item() for lp_T in lp) / 6, rel=1e-6)
+
+
+def test_muon_leaves_the_ends_of_a_model_with_a_bias_to_adamw(start, models, tmp_path):
+    tok = transformers.AutoTokenizer.from_pretrained(models / "a")
+    run = start(student=family("Phi", 0, tmp_path / "s", tok), optimizer="muon")
+    in_muon = {id(p) for group in run.student.optimizers[0].param_groups for p in group["params"]}
+    assert in_muon and id(run.student.net.get_output_embeddings().weight) not in in_muon
 
 
 def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
@@ -496,7 +506,17 @@ def test_a_broken_gradient_stops_the_run_and_keeps_the_checkpoint(start, monkeyp
 
     run, update = start(steps=3, save_every=1, lr=1e-3), opd.update
     monkeypatch.setattr(opd, "update", poisoned)
-    with pytest.raises(SystemExit, match="norm is nan"):
+    with pytest.raises(SystemExit, match="norm nan; lower"):
         opd.train(run)
     resumed = start(steps=3, save_every=1, lr=1e-3, out=run.out, resume=True)
     assert resumed.state["step"] == 2 and parameters(resumed.student).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["tvd", "jsd"])
+def test_a_broken_teacher_stops_the_run(start, loss):
+    """tvd's gradient stays finite where q is not a number: the loss has to say it."""
+    run = start(loss=loss, method="opd")
+    with torch.no_grad():
+        run.teacher.head_VH[5] = math.nan
+    with pytest.raises(SystemExit, match="the loss is nan"):
+        opd.train(run)
