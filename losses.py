@@ -107,7 +107,7 @@ def skew_rkl(lp, lq, p, q, a):
 
 
 @row("todi_beta", 1.0, "how sharply log q/p decides between forward and reverse, above 0; ToDi 2505.16297",
-     lambda b: b > 0)
+     lambda b: 0 < b <= 1e4)
 def todi(lp, lq, p, q, b):
     """Token-wise: sum a q (lq - lp) + (1 - a) p (lp - lq) with a = sg sigmoid(b (lq - lp)). 2505.16297."""
     ratio = lp - lq
@@ -116,7 +116,7 @@ def todi(lp, lq, p, q, b):
 
 
 @row("power_lambda", 2 / 3, "order of D_lambda(q || p), not 0 (fkl) or -1 (rkl); -1 - lambda swaps q and p; "
-     "REDistill 2602.04677", lambda lam: lam not in (0, -1))
+     "REDistill 2602.04677", lambda lam: min(abs(lam), abs(lam + 1)) >= 1e-3 and abs(lam) <= 100)
 def power(lp, lq, p, q, lam):
     """Cressie-Read: 1 / (lam (lam + 1)) sum q [(q / p)^lam - 1]. REDistill, 2602.04677, takes lam = 2/3."""
     r = clamped_exp(lq + lam * (lq - lp))
@@ -143,7 +143,7 @@ def akl(lp, lq, p, q, mu):
 
 
 @row("alpha_beta", (0.2, 0.7), "exponents A of q and B of p, neither 0 (1 0 is fkl, 0 1 is rkl), A + B "
-     "above 0; ABKD 2505.04560", lambda ab: ab[0] * ab[1] != 0 and ab[0] + ab[1] > 0)
+     "above 0; ABKD 2505.04560", lambda ab: min(abs(ab[0]), abs(ab[1]), sum(ab)) >= 1e-3 and max(ab) <= 100)
 def alpha_beta(lp, lq, p, q, knob):
     """-1/(ab) sum q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b). ABKD, 2505.04560."""
     a, b = knob
@@ -171,13 +171,14 @@ def lookup(name, knob=None):
     """(row, knob) of a divergence; knob None: the paper's default. Refuses unknown names, unusable knobs."""
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; there are: {', '.join(DIVERGENCES)}")
-    row = DIVERGENCES[name]
-    if knob is not None and row.knob is None:
+    found = DIVERGENCES[name]
+    if knob is not None and found.knob is None:
         raise ValueError(f"divergence {name!r} has no knob, but was given {knob}")
-    knob = row.default if knob is None else knob
-    if row.knob and (isinstance(knob, tuple) != isinstance(row.default, tuple) or not row.usable(knob)):
-        raise ValueError(f"{name} cannot use {row.knob} {knob}; it is the {row.about or name}")
-    return row, knob
+    knob = found.default if knob is None else tuple(knob) if isinstance(knob, list) else knob
+    count = lambda x: len(x) if isinstance(x, tuple) else 1
+    if found.knob and (count(knob) != count(found.default) or not found.usable(knob)):
+        raise ValueError(f"{name} cannot use {found.knob} {knob}. {found.knob}: {found.about}")
+    return found, knob
 
 
 # ---- targets and supports ----------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def backward(job, weights, cfg):
                 knob=objective.knob, target=objective.target, support=objective.support,
                 top_k=objective.top_k, labels_N=labels_N, softcap_s=student.softcap,
                 softcap_t=teacher.softcap, **common)
-            if job.weights is None and objective.target == (1.0, 0.0):
+            if job.weights is None and cfg.target == "teacher" and objective.target == (1.0, 0.0):
                 # Not scored, but every token has passed and logprob_t is the teacher's: the gap for free.
                 for r, lp_T, lq_T in zip(some, *(stats[k].split(lengths)
                                                  for k in ("logprob_s", "logprob_t"))):
@@ -476,7 +476,8 @@ class Run:
     @property
     def objective(self):
         """The objective of the current step: the target moves with the training."""
-        cfg, done = self.cfg, self.state["step"] / max(self.cfg.steps - 1, 1)
+        cfg = self.cfg
+        done = self.state["step"] / (cfg.steps - 1) if cfg.steps > 1 else 1.0
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg), top_k=cfg.top_k,
                        support=cfg.support, target=target_at(cfg.target, start, done),
@@ -845,13 +846,15 @@ def configure(argv=None):
 
 
 def check_objective(cfg, changed):
-    """Knob, target and support fit the loss; none of `changed` (the flags that were given) has no effect."""
+    """Knob, target and support fit the loss; none of `changed` (flags that are not default) has no effect."""
     ours = {"loss", DIVERGENCES[cfg.loss].knob} if cfg.loss in DIVERGENCES else {"loss"}
     for flag in changed & {row.knob for row in DIVERGENCES.values()} - ours:
         fail(f"--{flag} has no effect on --loss {cfg.loss}")
     for flag, target in (("veto_beta", "veto"), ("taid_start", "taid")):
         if flag in changed and cfg.target != target:
             fail(f"--{flag} has no effect without --target {target}")
+    if "top_k" in changed and cfg.support == "full":
+        fail("--top_k has no effect without a --support other than full")
     if cfg.loss in DIVERGENCES:
         lookup(cfg.loss, knob(cfg))
         check_support(cfg.loss, cfg.support, cfg.top_k)

@@ -61,7 +61,9 @@ def number(kind, least=None, above=None, most=math.inf):
     def parse(text):
         value = kind(text)
         enough = value >= least if above is None else value > above
-        if not (enough and value <= most and value < math.inf):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not (enough and value <= most):
             low = f"at least {least}" if above is None else f"above {above}"
             high = f" and at most {most}" if most < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {low}{high}")
@@ -100,6 +102,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     """
     p = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
                formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
+    p._negative_number_matcher = re.compile(r"-\.?\d")          # argparse takes -1e-3 for a flag
     add = p.add_argument_group("what").add_argument
     add("--student", metavar="PATH",
         help="the model that learns: a folder or hub id, as from_pretrained takes it")

@@ -10,9 +10,11 @@ Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chu
 of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
 """
 import importlib.util
+import math
 import os
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from losses import DIVERGENCES, FLOOR, check_support, divergence, lookup, mix
 
@@ -26,6 +28,8 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
                       labels_N=None, label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None,
                       chunk_bytes=None, backend=None):
     """Weighted sum of per-token divergences between two language models' heads, with an optional label term.
+
+    N is every position of the batch that counts, flattened; hidden state n is the one that predicts token n.
 
     hidden_s_NH [N, Hs], head_s_VH [V, Hs]   the student; the loss is differentiable with respect to these two
     hidden_t_NH [N, Ht], head_t_VH [V', Ht]  the teacher, constant; Hs != Ht and V != V' are normal. A head of
@@ -62,39 +66,74 @@ def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1
     Arguments as in linear_divergence. Returns (loss, stats) with stats logprob_s, entropy_s. Under
     torch.no_grad it is the cheap way to score tokens.
     """
-    if weight_N is None:
-        weight_N = torch.ones(len(labels_N), device=hidden_NH.device)
     return _loss(hidden_NH, head_VH, None, None, None, labels_N, weight_N, backend, temperature=temperature,
                  vocab=vocab, softcap_s=softcap, chunk_bytes=chunk_bytes)
 
 
-def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, backend, *, temperature, vocab,
-          **scalars):
-    N, rows = len(hidden_s), [len(head) for head in (head_s, head_t) if head is not None]
-    vocab = min(rows) if vocab is None else vocab
-    for name, x in dict(hidden_t=hidden_t, weight=weight, labels=labels, label_weight=label_weight).items():
-        assert x is None or len(x) == N, f"{name} has {len(x)} rows, hidden_s has {N}"
-    assert 0 < vocab <= min(rows), f"vocab {vocab} is not within 1 and the heads' {min(rows)} rows"
-    assert label_weight is None or labels is not None, "label_weight_N needs labels_N"
-    assert temperature > 0, temperature
-    if hidden_s.dtype == torch.float16:
-        raise ValueError("float16 hidden states: the gradients of logits underflow; use bfloat16 or float32")
+def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, backend, *, divergence=None,
+          vocab=None, softcap_s=None, softcap_t=None, **scalars):
+    sizes = _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight,
+                           teacher=divergence is not None)
+    rows = min(sizes["V"], sizes.get("V'", sizes["V"]))
+    vocab = rows if vocab is None else vocab
+    _check_scalars(vocab=vocab, rows=rows, **scalars)
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
-    if head_t is not None and weight is None:
-        weight = hidden_s.new_ones(N, dtype=work)
+    if weight is None and divergence:
+        weight = hidden_s.new_ones(sizes["N"], dtype=work)
+    if label_weight is None and not divergence:
+        label_weight = hidden_s.new_ones(sizes["N"], dtype=work)
     weight, label_weight = (x if x is None else x.detach().to(work) for x in (weight, label_weight))
-    spec = chunked.Spec(temperature=temperature, vocab=vocab, **scalars)
-    backend = _choose(backend, hidden_s, spec.divergence)
+    labels = labels if labels is None else labels.long()
+    spec = chunked.Spec(divergence=divergence, vocab=vocab, softcap_s=softcap_s or None,
+                        softcap_t=softcap_t or None, **scalars)
+    backend = _choose(backend, hidden_s, divergence)
     if backend == "triton":
         from . import rows_triton as rows       # where there is no GPU, there may be no triton
     else:
         rows = rows_torch
-    tensors = hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight
+    per_token = (x if x is None else x.contiguous() for x in (weight, labels, label_weight))
+    tensors = hidden_s, head_s, hidden_t, head_t, *per_token
     with torch.autocast(hidden_s.device.type, enabled=False):   # it would compute statistics in bf16
         if backend == "dense":
             return _dense(*tensors, spec, work)
         loss, *stats = _Fused.apply(*tensors, spec, rows.fill, torch.is_grad_enabled())
     return loss, dict(zip(spec.stats(labels), stats))
+
+
+def _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, teacher):
+    """The sizes N, V, .. of the arguments; whatever does not fit is refused by name."""
+    sizes = {}
+    for name, x, letters, needed in (
+            ("hidden_s_NH", hidden_s, "N Hs", True), ("head_s_VH", head_s, "V Hs", True),
+            ("hidden_t_NH", hidden_t, "N Ht", teacher), ("head_t_VH", head_t, "V' Ht", teacher),
+            ("weight_N", weight, "N", False), ("label_weight_N", label_weight, "N", False),
+            ("labels_N", labels, "N", not teacher or label_weight is not None)):
+        if x is None and not needed:
+            continue
+        if not isinstance(x, torch.Tensor):
+            found = "missing" if x is None else f"a {type(x).__name__}"
+            raise ValueError(f"{name} must be a tensor [{letters}]; it is {found}")
+        wanted = tuple(sizes.setdefault(letter, n) for letter, n in zip(letters.split(), x.shape))
+        if x.shape != wanted or x.dim() != len(letters.split()) or x.device != hidden_s.device:
+            raise ValueError(f"{name} is {list(x.shape)} on {x.device}, not [{letters}] on {hidden_s.device} "
+                             f"with {', '.join(f'{letter} = {n}' for letter, n in sizes.items())}")
+        if name == "labels_N" and (x.is_floating_point() or x.dtype == torch.bool):
+            raise ValueError(f"labels_N is {x.dtype}, but labels are integers")
+        if "_s_" in name or "_t_" in name:      # normalised weights make gradients that underflow in float16
+            if not x.is_floating_point() or x.dtype == torch.float16:
+                raise ValueError(f"{name} is {x.dtype}; use bfloat16, float32 or float64")
+    return sizes
+
+
+def _check_scalars(*, vocab, rows, temperature, chunk_bytes, target=(1.0, 0.0), top_k=None, **others):
+    for name, x, least, most in (("vocab", vocab, 1, rows), ("chunk_bytes", chunk_bytes, 1, math.inf),
+                                 ("top_k", top_k, 1, math.inf)):
+        if x is not None and not (isinstance(x, int) and least <= x <= most):
+            raise ValueError(f"{name} {x} is not a whole number between {least} and {most}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature} is not above 0")
+    if not (isinstance(target, tuple) and len(target) == 2 and all(map(math.isfinite, target))):
+        raise ValueError(f"target {target} is not a pair (a, b): the logits a * teacher + b * student")
 
 
 def _choose(backend, hidden, name):
@@ -124,6 +163,7 @@ class _Fused(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_):
         dX, dW = ctx.saved_tensors
         if not (upstream.is_cpu and upstream == 1):             # the usual case, and a pass over the head

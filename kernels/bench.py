@@ -259,7 +259,9 @@ def run_case(shape, N, loss, names, args):
     if args.device == "cpu" and not args.quick:
         rows = {name: row or memory_in_child(name, shape, N, loss) for name, row in rows.items()}
     able = [name for name in names if "text" not in rows[name]]
-    results = measure(loss, make_inputs(shape, N, args.device), able, args.repeat, args.device)
+    inputs, text = attempt(make_inputs, shape, N, args.device)
+    results = ({name: {"text": text} for name in able} if text else
+               measure(loss, inputs, able, args.repeat, args.device))
     Hs, Ht, V = SHAPES[shape]
     for name, row in rows.items():
         row.update({key: x for key, x in results.get(name, {}).items() if x or key != "extra_bytes"})
@@ -272,7 +274,7 @@ def run_case(shape, N, loss, names, args):
     return list(rows.values())
 
 
-def row_kernel(shape, losses, repeat):
+def time_row_kernel(shape, losses, repeat):
     """The row kernel alone on one chunk's logits for several BLOCK and WARPS, beside a plain copy's speed."""
     from . import rows_triton
     V, dtype = SHAPES[shape][2], torch.bfloat16
@@ -355,7 +357,6 @@ def text_of(record):
 
 
 def write(record, out):
-    out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(record) + "\n")
     (out / "bench.md").write_text(text_of(record))
     draw(record, out / "bench.png")
@@ -363,7 +364,10 @@ def write(record, out):
 
 def draw(record, path):
     """Left: time over the floor, all cases. Right: memory of the first pair against N, or the buffers."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        return                                  # no picture without it; the tables are complete
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [row for row in record["cases"] if "text" not in row]
@@ -422,10 +426,14 @@ def main():
     shapes, tokens, repeat, sizes = DEFAULTS[args.device, args.quick]
     everything = args.tokens or len(tokens) == 1            # the default on a GPU would take minutes longer
     args.shapes, args.repeat, args.tokens = (
-        args.shapes or shapes, args.repeat or repeat, sorted(args.tokens or tokens))
+        args.shapes or shapes, args.repeat or repeat, sorted(set(args.tokens or tokens)))
     cases = [(shape, N, loss) for shape in args.shapes for N in args.tokens for loss in args.losses
              if everything or N < args.tokens[-1] or shape == args.shapes[0]]
 
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"bench: --out {args.out} cannot be a folder: {error}")
     began = time.perf_counter()
     record = dict(date=datetime.date.today().isoformat(), device=machine(args.device), repeat=args.repeat,
                   versions={"python": platform.python_version(), **{package: version(package) for package in (
@@ -433,7 +441,7 @@ def main():
                   dtype="bfloat16" if args.device == "cuda" else "float32", tokens=args.tokens,
                   shapes={name: SHAPES[name] for name in args.shapes}, cases=[], row_kernel=None)
     if args.device == "cuda":
-        record["row_kernel"] = row_kernel(args.shapes[0], args.losses, args.repeat)
+        record["row_kernel"] = time_row_kernel(args.shapes[0], args.losses, args.repeat)
     for shape, N, loss in (progress := tqdm(cases, unit="case")):
         if args.seconds and time.perf_counter() - began > args.seconds:
             record["cases"] += [dict(shape=shape, tokens=N, loss=loss, contestant="all", text="not run")]

@@ -45,7 +45,8 @@ def used_rows(weight, label_weight, labels, vocab):
     used = torch.stack(kept).any(0).nonzero()[:, 0]
     if labels is not None and len(used):
         least, most = labels[used].aminmax()
-        assert 0 <= least and most < vocab, f"labels from {least} to {most}, but the vocabulary has {vocab}"
+        if least < 0 or most >= vocab:
+            raise ValueError(f"labels go from {least} to {most}, but the vocabulary has {vocab} ids")
     return used
 
 
@@ -62,7 +63,7 @@ def weighted(stats, weight, label_weight):
 def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
     """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype.
 
-    fill: the row step; on return z [C, V] holds dLoss/dz, in whatever dtype it says (see rows_torch.fill).
+    fill: the row step, which returns dLoss/dz of a chunk (see rows_torch.fill).
     """
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     V, N, device, grad_dtype = spec.vocab, len(hidden_s), hidden_s.device, head_s.dtype

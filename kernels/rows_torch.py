@@ -25,16 +25,18 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
 
 def block(z, w, weight, labels, label_weight, stats, spec, grad):
     whose, _, form = spec.support.partition("_")
-    keep = top_entries(z if whose == "student" else w, spec.top_k) if form else None
-    y, dz = None if labels is None else labels[:, None], None
+    y, dz, keep = None if labels is None else labels[:, None], None, None
     bend = capped(z, spec.softcap_s, spec.temperature)
+    if w is not None:
+        capped(w, spec.softcap_t, spec.temperature)
+    if form:
+        keep = top_entries(z if whose == "student" else w, spec.top_k)
     lp = torch.log_softmax(z, -1, out=z)
     p = lp.exp()
     stats["entropy_s"].copy_(torch.linalg.vecdot(p, lp)).neg_()
     if labels is not None:
         stats["logprob_s"].copy_(lp.gather(1, y)[:, 0])
     if w is not None:
-        capped(w, spec.softcap_t, spec.temperature)
         w = mix(lp, w, spec.target)         # lp for z: a constant per row, which the softmax removes
         lq = torch.log_softmax(w, -1, out=w)
         q = lq.exp()

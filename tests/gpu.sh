@@ -11,7 +11,9 @@ export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { echo "torch sees no GPU" >&2; exit 1; }
 failed=0
 
-world="$(mktemp -d)/small"
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+world="$scratch/small"
 timeout 290 python3 opd.py --recipe small --quick --out "$world" >"$out/small.txt" 2>&1 &
 timeout 290 python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py 2>&1 | tee "$out/tests.txt" || failed=1
 wait $! || failed=1                             # the benchmark has the machine for itself
