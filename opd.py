@@ -155,14 +155,15 @@ def check_head(model):
             hidden_BTH = net.base_model(ids_BT, use_cache=False).last_hidden_state.float()
             theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
     except RuntimeError as error:
-        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: {error}")
+        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
+             f"{str(error).splitlines()[0]}")
     finally:
         hook.remove()
     ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
     if model.softcap:
         ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
-    if not (torch.allclose(seen["input"], hidden_BTH, rtol=1e-2, atol=1e-3 * hidden_BTH.abs().max().item())
-            and torch.allclose(theirs_BTV, ours_BTV, rtol=1e-4, atol=1e-3)):
+    close = functools.partial(torch.allclose, rtol=5e-3, atol=1e-3)     # some round their logits to bf16
+    if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
         fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
              "logit_scale, logits_scaling or final_logit_softcapping")
 

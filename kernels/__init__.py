@@ -74,9 +74,9 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, back
           vocab=None, softcap_s=None, softcap_t=None, **scalars):
     sizes = _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight,
                            teacher=divergence is not None)
-    rows = min(sizes["V"], sizes.get("V'", sizes["V"]))
-    vocab = rows if vocab is None else vocab
-    _check_scalars(vocab=vocab, rows=rows, **scalars)
+    shared = min(sizes["V"], sizes.get("V'", sizes["V"]))
+    vocab = shared if vocab is None else vocab
+    _check_scalars(vocab=vocab, shared=shared, **scalars)
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     if weight is None and divergence:
         weight = hidden_s.new_ones(sizes["N"], dtype=work)
@@ -125,8 +125,8 @@ def _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_wei
     return sizes
 
 
-def _check_scalars(*, vocab, rows, temperature, chunk_bytes, target=(1.0, 0.0), top_k=None, **others):
-    for name, x, least, most in (("vocab", vocab, 1, rows), ("chunk_bytes", chunk_bytes, 1, math.inf),
+def _check_scalars(*, vocab, shared, temperature, chunk_bytes, target=(1.0, 0.0), top_k=None, **others):
+    for name, x, least, most in (("vocab", vocab, 1, shared), ("chunk_bytes", chunk_bytes, 1, math.inf),
                                  ("top_k", top_k, 1, math.inf)):
         if x is not None and not (isinstance(x, int) and least <= x <= most):
             raise ValueError(f"{name} {x} is not a whole number between {least} and {most}")

@@ -279,7 +279,7 @@ def time_row_kernel(shape, losses, repeat):
     from . import rows_triton
     V, dtype = SHAPES[shape][2], torch.bfloat16
     width = -(-V // chunked.ALIGN) * chunked.ALIGN
-    C = chunked.CHUNK_BYTES["gpu"] // (2 * width * 4)
+    C = chunked.CHUNK_BYTES["gpu"] // (2 * width * 4) // chunked.TILE * chunked.TILE
     fresh = torch.randn(2, C, width, device="cuda").mul_(LOGIT_STD)
     logits = torch.empty_like(fresh)
     z, w = logits[..., :V]

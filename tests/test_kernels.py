@@ -137,7 +137,7 @@ def test_any_chunk(backend):
     whole = run(case(), backend=backend, divergence="jsd")
     for rows in (1, 2, 4):
         some = run(case(), backend=backend, divergence="jsd", chunk_bytes=rows * 2 * 128 * 4)
-        assert_close(some, whole, 1e-6)
+        assert_close(some, whole, 5e-6)
 
 
 # ---- precision and extremes --------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_expanded_and_strided_arguments_are_read_right(backend):
     for x in (c, strided):
         x["weight"] += 3                                         # no token is dropped, which would copy
     strided["hidden_s"] = c["hidden_s"].detach().T.contiguous().T.requires_grad_()
-    assert_close(run(strided, backend=backend), run(c, backend=backend), 1e-6)
+    assert_close(run(strided, backend=backend), run(c, backend=backend), 5e-6)
     both = []
     for ones in (torch.full((1,), 2.0, device=DEVICE).expand(N), torch.full((N,), 2.0, device=DEVICE)):
         c["weight"] = c["label_weight"] = ones
