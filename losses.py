@@ -3,7 +3,7 @@
 An objective is four orthogonal choices, and the fused operation in kernels/ takes each of them separately:
 
     row      one divergence, as a formula per vocabulary entry            DIVERGENCES
-    target   the teacher's logits become a * w + b * sg(z)                TARGETS, mix
+    target   the teacher's logits become a * w + b * sg(z)                mix, target_at
     support  which vocabulary entries count                               SUPPORTS, total
     weight   one number per token: padding, selection, scale, advantage   methods.py and the loop
 
@@ -41,7 +41,7 @@ class Row:
     default: float | tuple | None
     about: str                          # of the knob
     usable: Callable                    # knob -> whether it makes sense
-    elementwise: bool
+    elementwise: bool                   # False: the formula needs whole rows, in order
 
 
 DIVERGENCES = {}    # name -> Row
@@ -252,9 +252,10 @@ def check_support(name, support, top_k):
     """Refuse a support that does not exist, lacks its top_k, or that the divergence cannot use."""
     if support not in SUPPORTS:
         raise ValueError(f"unknown support {support!r}; there are: {', '.join(SUPPORTS)}")
-    if (support == "full") != (top_k is None) or (top_k is not None and top_k < 1):
-        raise ValueError(f"support {support!r} with top_k {top_k}: every support but 'full' needs a top_k of "
-                         "at least 1, 'full' has none")
+    fits = top_k is None if support == "full" else isinstance(top_k, int) and top_k >= 1
+    if not fits:
+        raise ValueError(f"support {support!r} with top_k {top_k}: every support but 'full' needs a top_k, a "
+                         "whole number of at least 1, and 'full' has none")
     if support != "full" and not DIVERGENCES[name].elementwise:
         raise ValueError(f"{name} needs the full vocabulary, not support {support!r}")
 

@@ -414,8 +414,7 @@ def update(run, jobs, weights):
         norm += torch.nn.utils.clip_grad_norm_(student.net.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(norm + sum(losses)):
             fail(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; lower --lr or "
-                 "look at the data. "
-                 f"What {run.out} holds is intact")
+                 f"look at the data. What {run.out} holds is intact")
         for optimizer in student.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
@@ -784,8 +783,7 @@ def shuffled(count, seed):
 def knob(cfg):
     """The knob of --loss, None where it has none. Every knob has a flag of its own name."""
     name = DIVERGENCES[cfg.loss].knob if cfg.loss in DIVERGENCES else None
-    value = getattr(cfg, name) if name else None
-    return tuple(value) if isinstance(value, list) else value
+    return getattr(cfg, name) if name else None
 
 
 def configure(argv=None):

@@ -125,11 +125,10 @@ def _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_wei
     return sizes
 
 
-def _check_scalars(*, vocab, shared, temperature, chunk_bytes, target=(1.0, 0.0), top_k=None, **others):
-    for name, x, least, most in (("vocab", vocab, 1, shared), ("chunk_bytes", chunk_bytes, 1, math.inf),
-                                 ("top_k", top_k, 1, math.inf)):
-        if x is not None and not (isinstance(x, int) and least <= x <= most):
-            raise ValueError(f"{name} {x} is not a whole number between {least} and {most}")
+def _check_scalars(*, vocab, shared, temperature, chunk_bytes, target=(1.0, 0.0), **others):
+    for name, x, most in (("vocab", vocab, shared), ("chunk_bytes", chunk_bytes, math.inf)):
+        if x is not None and not (isinstance(x, int) and 1 <= x <= most):
+            raise ValueError(f"{name} {x} is not a whole number between 1 and {most}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature} is not above 0")
     if not (isinstance(target, tuple) and len(target) == 2 and all(map(math.isfinite, target))):

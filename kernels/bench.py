@@ -17,7 +17,7 @@ round, in the median over rounds:
     liger chunked  liger_kernel.chunked_loss' LigerFusedLinearJSDLoss, compiled on a GPU as is its default
     trl            the chunked divergence of trl.kernels, Triton on a GPU, torch on a CPU
 
-Only "ours" also returns statistics: entropies, agreement, the labels' log-probabilities. Others scale by 1/N
+Only "ours" returns both entropies, agreement and the labels' log-probabilities as well. Others scale by 1/N
 or not, which costs nothing. But in every case the direction of dX is compared with ours before anything is
 timed, and who computes something else gets no time. A peer that is not installed is "not run".
 

@@ -40,7 +40,10 @@ class Spec:
 
 
 def used_rows(weight, label_weight, labels, vocab):
-    """Indices of tokens that any weight keeps. Others get no work, exact zero gradients and statistics."""
+    """Indices of tokens that any weight keeps. Others get no work, exact zero gradients and statistics.
+
+    Labels of the kept ones that are not within the vocabulary are refused.
+    """
     kept = [w != 0 for w in (weight, label_weight) if w is not None]
     used = torch.stack(kept).any(0).nonzero()[:, 0]
     if labels is not None and len(used):
@@ -107,7 +110,7 @@ _held = threading.local()
 
 
 def workspace(number, shape, dtype, device):
-    """Uninitialised memory. On a CPU it is kept from call to call: fresh pages would cost 15% of the loss."""
+    """Uninitialised memory. On a CPU it is kept from call to call: fresh pages cost time (LOG.md)."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     elements, kept = math.prod(shape), _held.__dict__

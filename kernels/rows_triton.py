@@ -287,8 +287,7 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     name, knob = spec.divergence or "fkl", spec.knob
     a, b = knob if isinstance(knob, tuple) else (knob or 0.0, 0.0)
     forward, reverse = KL_FAMILY.get(name, (False, False))
-    arrays = [stats.get(name) for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s",
-                                           "logprob_t")]
+    arrays = map(stats.get, ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s", "logprob_t"))
     with torch.cuda.device_of(z_CV):
         row_kernel[(C,)](
             z_CV, w_CV, dz_CV if grad else None, weight, labels, label_weight, threshold, *arrays,

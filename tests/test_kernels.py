@@ -24,8 +24,8 @@ if TRITON:
     from kernels import rows_triton
 ENTRYWISE = [name for name in DIVERGENCES if DIVERGENCES[name].elementwise]
 N, V, HS, HT = 9, 101, 16, 24
-on_both = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif(
-    not TRITON, reason="no triton"))])
+with_triton = pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="no triton"))
+on_both = pytest.mark.parametrize("backend", ["torch", with_triton])
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")    # of the interpreter's numpy
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
@@ -299,8 +299,7 @@ def test_a_tied_head_adds_up_and_a_bias_is_one_more_column():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", ["torch", "dense", pytest.param("triton", marks=pytest.mark.skipif(
-    not TRITON, reason="no triton"))])
+@pytest.mark.parametrize("backend", ["torch", "dense", with_triton])
 def test_autocast_and_gradient_checkpointing_change_nothing(backend):
     """Values and statistics too: some of torch's operations would run in bfloat16."""
     c = case()
@@ -459,7 +458,8 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 @pytest.mark.parametrize("wrong, message", [
     (dict(divergence="kld"), "unknown divergence"), (dict(support="top-k", top_k=5), "student_raw"),
     (dict(backend="cuda"), "unknown backend"), (dict(vocab=V + 1), "vocab 102 is not .* 1 and 101"),
-    (dict(temperature=0), "temperature 0 is not"), (dict(target="veto"), "pair"), (dict(top_k=2.5), "top_k"),
+    (dict(temperature=0), "temperature 0 is not"), (dict(target="veto"), "pair"),
+    (dict(support="student_sg", top_k=2.5), "whole number"),
     (dict(chunk_bytes=0), "chunk_bytes"), (dict(divergence="power", knob=1e-9), "not 0 .fkl."),
     (dict(divergence="power", knob=float("nan")), "power_lambda"),
     (dict(divergence="rkl", knob=0.5), "no knob"), (dict(divergence="jsd", knob=(0.2, 0.7)), "jsd_beta"),
