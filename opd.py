@@ -23,15 +23,14 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.functional import pad
 from tqdm import tqdm
 
-from data import flags, recipes, report     # before the model classes: see data/__init__.py
+from data import flags, models, preflight, recipes, report      # before transformers: see data/__init__.py
 from data.chat import encode_completion, encode_prompt, load_prompts, prompt_text
 from data.files import atomic_folder, read_lines, recover, write_file
 from data.flags import fail
@@ -39,173 +38,8 @@ from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at
 from methods import METHODS, Rollout, by_branch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
-
-
-# ---- models ------------------------------------------------------------------------------------------------
-
-@dataclass(eq=False)
-class Model:
-    """A causal language model with its tokenizer; the one that learns also has optimizers."""
-    path: str
-    net: torch.nn.Module
-    tok: object
-    stops: list                         # token ids that end a completion
-    vocab: int                          # token ids the tokenizer knows; the head may have more rows (padding)
-    dtype: torch.dtype                  # of the computation; parameters that learn are float32
-    generation_config: GenerationConfig  # as found in the checkpoint, only kept to be saved again
-    optimizers: tuple = ()
-
-    @property
-    def head_VH(self):
-        """The output head; a bias is one more column, to go with the ones in `states`."""
-        head = self.net.get_output_embeddings()
-        if head.bias is None:
-            return head.weight
-        return pad(torch.cat([head.weight, head.bias[:, None]], 1), (0, 7))     # widths stay multiples of 8
-
-    @property
-    def logit_scale(self):
-        """What the model multiplies its logits with (Cohere, Granite)."""
-        config = self.net.config.get_text_config()
-        return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-    def states(self, hidden_NH):
-        """Last hidden states as the loss wants them: logits = softcapped(states @ head_VH.T)."""
-        hidden_NH = hidden_NH if self.logit_scale == 1 else hidden_NH * self.logit_scale
-        if self.net.get_output_embeddings().bias is not None:
-            hidden_NH = pad(pad(hidden_NH, (0, 1), value=1.0), (0, 7))
-        return hidden_NH
-
-    @property
-    def softcap(self):
-        """Logits become c * tanh(logits / c) (Gemma 2); None: they do not."""
-        return getattr(self.net.config.get_text_config(), "final_logit_softcapping", None)
-
-    @property
-    def device(self):
-        return self.net.device
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype,
-                              enabled=self.dtype in (torch.bfloat16, torch.float16))
-
-
-def load(path, cfg, learns=False, weights=None):
-    """A Model from anything from_pretrained takes. `weights`: read parameters from this folder instead."""
-    transformers.utils.logging.disable_progress_bar()
-    dtype, source = getattr(torch, cfg.dtype), weights or path
-    local = Path(path)
-    if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
-        fail(f"cannot load {path}: no such folder, and not a hub id")
-    if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
-        fail(f"cannot load {path}: no tokenizer in this folder"
-             + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
-    try:
-        tok = AutoTokenizer.from_pretrained(path)
-        net, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if learns else dtype,
-                                                          output_loading_info=True)
-    except Exception as error:          # every kind of file can be broken in its own way
-        fail(f"cannot load {source}: {(str(error).strip() or repr(error)).splitlines()[0]}")
-    if found["missing_keys"]:
-        fail(f"cannot load {source}: {len(found['missing_keys'])} weights are missing, "
-             f"{', '.join(sorted(found['missing_keys'])[:3])} among them")
-    net.to(cfg.device).eval().requires_grad_(learns)
-    defaults = net.generation_config
-    stops = {tok.eos_token_id, *(e if isinstance(e := defaults.eos_token_id, list) else [e])} - {None}
-    if tok.eos_token_id is None:
-        fail(f"{path}: the tokenizer has no EOS token, so a completion could never end")
-    # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
-    net.generation_config = GenerationConfig()
-    if not learns and dtype != torch.float32:
-        # The student's residual stream is float32 under autocast. The teacher's must be too, or their gap is
-        # rounding noise where they agree.
-        net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
-    model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, defaults)
-    check_head(model)
-    if learns:
-        model.optimizers = build_optimizers(model, cfg)
-    return model
-
-
-@torch.no_grad()
-def check_head(model):
-    """Refuse a model whose logits are not what the loss will compute from its states, head and softcap.
-
-    The head must be a matrix, what goes into it the last hidden states, and what comes out of the model the
-    transforms that are known here, tried on a probe in place of the head's output.
-    """
-    net, head, seen = model.net, model.net.get_output_embeddings(), {}
-    rows, kind = getattr(head, "out_features", 0), type(net).__name__
-    if not isinstance(head, torch.nn.Linear) or head.weight.shape != (rows, head.in_features):
-        fail(f"{model.path}: the output head of {kind} is not a plain matrix, which is not supported")
-    if model.vocab > rows:
-        fail(f"{model.path}: the tokenizer has {model.vocab} ids, the model only {rows} rows")
-    ids_BT = torch.arange(4, device=model.device)[None] % model.vocab
-    probe_BTV = torch.linspace(-100, 100, 4 * rows, device=model.device).view(1, 4, rows)
-
-    def replace_output(module, inputs, output):
-        seen["input"] = inputs[0].float()
-        return probe_BTV.clone()
-
-    hook = head.register_forward_hook(replace_output)
-    try:
-        with model.autocast():
-            hidden_BTH = net.base_model(ids_BT, use_cache=False).last_hidden_state.float()
-            theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
-    except RuntimeError as error:
-        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
-             f"{str(error).splitlines()[0]}")
-    finally:
-        hook.remove()
-    ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
-    if model.softcap:
-        ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
-    close = functools.partial(torch.allclose, rtol=5e-3, atol=1e-3)     # some round their logits to bf16
-    if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
-        fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
-             "logit_scale, logits_scaling or final_logit_softcapping")
-
-
-def check_same_tokens(student, teacher):
-    """Token ids must mean the same in both models: distillation compares distributions id by id."""
-    ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
-    different = [f"{token!r}: {ours.get(token)} / {theirs.get(token)}"
-                 for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)]
-    if different:
-        fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
-             f"{'; '.join(different[:3])}); a teacher must share the student's")
-    if student.tok.eos_token_id != teacher.tok.eos_token_id:
-        tqdm.write(f"note: {teacher.path} ends its texts with {teacher.tok.eos_token!r}, not the student's "
-                   f"{student.tok.eos_token!r}: it will not teach the student to stop")
-    if student.tok.chat_template != teacher.tok.chat_template:
-        tqdm.write(f"note: {teacher.path} has another chat template than the student; each sees its own")
-
-
-def build_optimizers(model, cfg):
-    """AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Only matrices decay."""
-    ends = {id(model.net.get_output_embeddings().weight), id(model.net.get_input_embeddings().weight)}
-    params = list(model.net.parameters())
-    hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
-    rest = [p for p in params if not any(p is h for h in hidden)]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    if cfg.optimizer == "sgd":
-        return (torch.optim.SGD(groups, lr=cfg.lr),)
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
-    if cfg.optimizer == "adamw":
-        return (adamw,)
-    return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay,
-                            adjust_lr_fn="match_rms_adamw"), adamw
-
-
-def learning_rate(cfg, step):
-    """Linear warm-up, then constant, or down to 0 linearly or as a cosine."""
-    done = step / cfg.steps
-    shape = {"constant": 1.0, "linear": 1 - done,
-             "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
-    return cfg.lr * shape * min(1.0, (step + 1) / max(cfg.warmup, 1))
+from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
+                          TopPLogitsWarper)
 
 
 # ---- sample ------------------------------------------------------------------------------------------------
@@ -256,7 +90,7 @@ def generate(model, prompts, cfg, temperature):
         if temperature > 0:
             processors += [TemperatureLogitsWarper(temperature)] * (temperature != 1)
             processors += [TopPLogitsWarper(cfg.top_p)] * (cfg.top_p < 1) + [recorder]
-        with model.autocast():
+        with model.running():
             ids_BT = model.net.generate(
                 ids_BP, attention_mask=mask_BP, logits_processor=processors,
                 generation_config=GenerationConfig(
@@ -309,10 +143,7 @@ def completion_hidden(model, prompts, completions):
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         ids_BT[i, :len(row)] = torch.tensor(row)
         predicts_BT[i, len(prompt) - 1:len(row)] = True
-    with model.autocast():
-        hidden_BTH = model.net.base_model(input_ids=ids_BT.to(model.device),
-                                          use_cache=False).last_hidden_state
-    return model.states(hidden_BTH[predicts_BT.to(model.device)]).to(model.dtype)
+    return model.hidden(ids_BT)[predicts_BT.to(model.device)].to(model.dtype)
 
 
 def batches(model, rollouts, cfg, teacher=False):
@@ -324,29 +155,58 @@ def batches(model, rollouts, cfg, teacher=False):
 
 
 @torch.no_grad()
-def log_probs(model, rollouts, objective, cfg, teacher=False):
-    """log p(y) of every completion token under the training forward: one tensor [T] per rollout."""
-    out = [None] * len(rollouts)
+def passes(model, rollouts, cfg, teacher=False):
+    """Yield (indices, hidden_NH): micro-batches of rollouts and the states that predict their tokens."""
     for group, prompts in batches(model, rollouts, cfg, teacher):
-        ids = [rollouts[i].ids_T for i in group]
-        _, stats = linear_logprob(completion_hidden(model, prompts, ids), model.head_VH,
-                                  torch.cat(ids), temperature=objective.temperature, vocab=model.vocab,
-                                  softcap=model.softcap)
-        for i, logp_T in zip(group, stats["logprob_s"].split([len(x) for x in ids])):
-            out[i] = logp_T
+        yield group, completion_hidden(model, prompts, [rollouts[i].ids_T for i in group])
+
+
+def token_log_probs(hidden_NH, head_VH, rollouts, **options):
+    """Log-probability of every token of some rollouts, from the states that predict them: a [T] for each."""
+    _, stats = linear_logprob(hidden_NH, head_VH, torch.cat([r.ids_T for r in rollouts]), **options)
+    return stats["logprob_s"].split([len(r.ids_T) for r in rollouts])
+
+
+@torch.no_grad()
+def log_probs(student, rollouts, cfg, temperature=1.0):
+    """log p(y) of every completion token under the training forward: a [T] for each rollout."""
+    out = [None] * len(rollouts)
+    for group, hidden_NH in passes(student, rollouts, cfg):
+        some = token_log_probs(hidden_NH, student.head_VH, [rollouts[i] for i in group],
+                               temperature=temperature, vocab=student.vocab, softcap=student.softcap)
+        for i, lp_T in zip(group, some):
+            out[i] = lp_T
     return out
 
 
+@torch.no_grad()
 def score(job, cfg):
-    """Fill lp_T = log p(y) and gap_T = log q(y) - log p(y), where weights or objective will ask for them."""
-    if job.teacher is None or (job.weights is None and job.objective.label != "pg"):
+    """What the teacher has to say about a Job's rollouts, all of it, so that the update needs no teacher.
+
+    Fills job.hidden_t, the teacher's states in main memory, for a divergence, and lp_T = log p(y) and
+    gap_T = log q(y) - log p(y) of every rollout where weights or objective will ask for them.
+    """
+    student, teacher, objective, rollouts = job.student, job.teacher, job.objective, job.rollouts
+    if teacher is None:
         return
-    assert job.objective.label != "pg" or all(r.logp_T is not None for r in job.rollouts), \
-        "pg needs sampled rollouts"
-    lp = log_probs(job.student, job.rollouts, job.objective, cfg)
-    lq = log_probs(job.teacher, job.rollouts, job.objective, cfg, teacher=True)
-    for rollout, lp_T, lq_T in zip(job.rollouts, lp, lq):
-        rollout.lp_T, rollout.gap_T = lp_T, lq_T - lp_T
+    asked = job.weights is not None or objective.label == "pg"
+    assert objective.label != "pg" or all(r.logp_T is not None for r in rollouts), "pg needs sampled rollouts"
+    job.hidden_t = [None] * len(rollouts)
+    with teacher.present():
+        head_t_VH = teacher.head_VH.to(student.device)
+        for group, hidden_NH in passes(teacher, rollouts, cfg, teacher=True):
+            hidden_NH, some = hidden_NH.to(student.device), [rollouts[i] for i in group]
+            if asked:
+                for r, lq_T in zip(some, token_log_probs(
+                        hidden_NH, head_t_VH, some, temperature=objective.temperature, vocab=student.vocab,
+                        softcap=teacher.softcap)):
+                    r.gap_T = lq_T
+            if objective.divergence:
+                for i, hidden_TH in zip(group, hidden_NH.cpu().split([len(r.ids_T) for r in some])):
+                    job.hidden_t[i] = hidden_TH
+    if asked:
+        for r, lp_T in zip(rollouts, log_probs(student, rollouts, cfg, objective.temperature)):
+            r.lp_T, r.gap_T = lp_T, r.gap_T - lp_T
 
 
 def weigh(jobs):
@@ -370,10 +230,11 @@ def backward(job, weights, cfg):
     """Add a Job's gradient to its student. Returns (loss, stats: name -> tensor over the weighted tokens)."""
     student, teacher, objective = job.student, job.teacher, job.objective
     kept = [i for i, w_T in enumerate(weights) if w_T.any()]
-    rollouts, weights = [job.rollouts[i] for i in kept], [weights[i] for i in kept]
+    head_t_VH = teacher.head_VH.to(student.device) if objective.divergence else None
     total, collected = 0.0, {}
-    for group, prompts in batches(student, rollouts, cfg):
-        some = [rollouts[i] for i in group]
+    for group, prompts in batches(student, [job.rollouts[i] for i in kept], cfg):
+        group = [kept[i] for i in group]
+        some = [job.rollouts[i] for i in group]
         ids, lengths = [r.ids_T for r in some], [len(r.ids_T) for r in some]
         weight_N, labels_N = torch.cat([weights[i] for i in group]), torch.cat(ids)
         hidden_NH, head_VH = completion_hidden(student, prompts, ids), student.head_VH
@@ -385,11 +246,9 @@ def backward(job, weights, cfg):
             loss, stats = linear_logprob(hidden_NH, head_VH, labels_N, weight_N, softcap=student.softcap,
                                          **common)
         else:
-            with torch.no_grad():
-                seen = [rollout_prompt(teacher, r, cfg, teacher=True) for r in some]
-                hidden_t_NH = completion_hidden(teacher, seen, ids)
+            hidden_t_NH = torch.cat([job.hidden_t[i] for i in group]).to(student.device)
             loss, stats = linear_divergence(
-                hidden_NH, head_VH, hidden_t_NH, teacher.head_VH, weight_N, divergence=objective.divergence,
+                hidden_NH, head_VH, hidden_t_NH, head_t_VH, weight_N, divergence=objective.divergence,
                 knob=objective.knob, target=objective.target, support=objective.support,
                 top_k=objective.top_k, labels_N=labels_N, softcap_s=student.softcap,
                 softcap_t=teacher.softcap, **common)
@@ -403,6 +262,31 @@ def backward(job, weights, cfg):
         for name, x_N in stats.items():
             collected.setdefault(name, []).append(x_N[weight_N != 0])
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def build_optimizers(model, cfg):
+    """AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Only matrices decay."""
+    ends = {id(model.net.get_output_embeddings().weight), id(model.net.get_input_embeddings().weight)}
+    params = [p for p in model.net.parameters() if p.requires_grad]
+    hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
+    rest = [p for p in params if not any(p is h for h in hidden)]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    if cfg.optimizer == "sgd":
+        return (torch.optim.SGD(groups, lr=cfg.lr),)
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
+    if cfg.optimizer == "adamw":
+        return (adamw,)
+    return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay,
+                            adjust_lr_fn="match_rms_adamw"), adamw
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then constant, or down to 0 linearly or as a cosine."""
+    done = step / cfg.steps
+    shape = {"constant": 1.0, "linear": 1 - done,
+             "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
+    return cfg.lr * shape * min(1.0, (step + 1) / max(cfg.warmup, 1))
 
 
 def update(run, jobs, weights):
@@ -450,28 +334,35 @@ class Run:
     """What a method may use (see methods.py), and the folder that remembers it."""
 
     def __init__(self, cfg):
-        self.cfg, self.out = cfg, Path(cfg.out)
+        self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]
         self.prompts = {branch: load_prompts(path, branch) for branch, path in cfg.prompts.items()}
         self.evals = {name: load_prompts(path, name) for name, path in cfg.eval_prompts.items()}
         cfg.prompts_sha256 = {branch: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
                               for branch, rows in self.prompts.items()}
-        checkpoint = find_checkpoint(cfg)
-        self.student = load(cfg.student, cfg, learns=True, weights=checkpoint)
-        distinct = {path: load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
+        checkpoint = None if cfg.dry_run else find_checkpoint(cfg)
+        self.student = models.load(cfg.student, cfg, learns=True, weights=checkpoint)
+        self.student.optimizers = build_optimizers(self.student, cfg)
+        distinct = {path: models.without_adapter(self.student) if cfg.lora_rank and path == cfg.student
+                    else models.load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
         for teacher in distinct.values():
-            check_same_tokens(self.student, teacher)
+            models.check_same_tokens(self.student, teacher)
+            models.share_stops(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
         self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
-        self.clock = {}                                         # seconds by part of the current step
-        check_prompts(self)
+        self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
+        self.longest = check_prompts(self)                      # prompt, in tokens
         if checkpoint:
             self.restore(checkpoint)
-        write_config(cfg)
 
     @property
     def branches(self):
         return list(self.prompts)
+
+    @property
+    def shares(self):
+        """{branch: prompts} of a batch of all branches."""
+        return split(self.cfg.batch, self.cfg.mixture, self.branches)
 
     @property
     def objective(self):
@@ -490,10 +381,8 @@ class Run:
 
     def draw(self, branch=None):
         """The next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch."""
-        shares = ({branch: self.cfg.batch} if branch
-                  else split(self.cfg.batch, self.cfg.mixture, self.branches))
         out = []
-        for branch, count in shares.items():
+        for branch, count in ({branch: self.cfg.batch} if branch else self.shares).items():
             prompts, cursor = self.prompts[branch], self.state["cursor"][branch]
             for epoch, i in (divmod(position, len(prompts)) for position in range(cursor, cursor + count)):
                 out.append(prompts[shuffled(len(prompts), f"{self.cfg.seed} {branch} {epoch}")[i]])
@@ -506,7 +395,7 @@ class Run:
             return []
         n, temperature = n or self.cfg.rollouts, self.cfg.temperature if temperature is None else temperature
         prompts = [prompt for prompt in prompts for _ in range(n)]
-        with self.timed("sample"):
+        with self.timed("sample"), model.present():
             ids = [encode_prompt(model.tok, prompt["prompt"], self.cfg.chat_template_kwargs)
                    for prompt in prompts]
             completions = generate(model, ids, self.cfg, temperature)
@@ -521,31 +410,40 @@ class Run:
 
     def references(self, prompts):
         """The prompts' own `solution`s as rollouts: fixed data, closed by EOS."""
-        return [Rollout(prompt, torch.tensor(encode_completion(self.student.tok, prompt["solution"]),
-                                             device=self.student.device)) for prompt in prompts]
+        tok, device = self.student.tok, self.student.device
+        return [Rollout(prompt, torch.tensor(encode_completion(tok, prompt["solution"]), device=device))
+                for prompt in prompts]
 
     def evaluate(self, model):
         """Mean reward per --eval_prompts set. Clock, counters and the next step's randomness are kept."""
-        clock, spent = dict(self.clock), self.state["sampled_tokens"]
+        clock, peaks, spent = dict(self.clock), dict(self.peaks), self.state["sampled_tokens"]
         torch.manual_seed(self.cfg.seed)
         rollouts = {name: self.sample(model, prompts, self.cfg.eval_rollouts, self.cfg.eval_temperature)
                     for name, prompts in self.evals.items()}
-        self.clock, self.state["sampled_tokens"] = clock, spent
+        self.clock, self.peaks, self.state["sampled_tokens"] = clock, peaks, spent
         return {name: sum(r.reward for r in rs) / len(rs) for name, rs in rollouts.items()}
 
     @contextlib.contextmanager
     def timed(self, name):
-        started = time.perf_counter()
+        """Count the seconds of a part of the step, and on a GPU its peak memory."""
+        started, device = time.perf_counter(), self.student.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         yield
-        if self.student.device.type == "cuda":
-            torch.cuda.synchronize(self.student.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - started
 
     # -- the folder
 
     def begin(self):
-        """The line of metrics.jsonl that says where the student started."""
+        """Write config.json, and the line of metrics.jsonl that says where the student started."""
+        write_config(self.cfg)
         if self.state["step"] == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):     # a run that died before its first checkpoint
+                if (self.out / name).exists():
+                    (self.out / name).replace(self.out / f"{name}.old")
             self.log("metrics", {"step": -1, "eval": self.evaluate(self.student)})
         if self.state["step"] >= self.cfg.steps:
             tqdm.write(f"{self.out} has done its {self.state['step']} steps; more --steps go on from there")
@@ -553,9 +451,11 @@ class Run:
     def record(self, jobs, weights, stats):
         """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
         cfg, state = self.cfg, self.state
-        stats |= {"seconds": self.clock, "memory_gib": peak_memory(self.student.device),
+        parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
+        stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
+                  **({"memory_gib_by_part": parts} if parts else {}),
                   "sampled_tokens": state["sampled_tokens"]}
-        self.clock = {}
+        self.clock, self.peaks = {}, {}
         for job, ws in zip(jobs, weights):
             for r, w_T in list(zip(job.rollouts, ws))[:cfg.log_samples]:
                 self.log("samples", {
@@ -579,7 +479,7 @@ class Run:
     def save(self):
         """checkpoint/: everything a restart needs. A kill while it is written leaves the one before."""
         with atomic_folder(self.out / "checkpoint") as folder:
-            save_model(self.student, folder)
+            models.save_model(self.student, folder)
             torch.save({"optimizers": [o.state_dict() for o in self.student.optimizers], "state": self.state},
                        folder / "trainer.pt")
 
@@ -594,23 +494,23 @@ class Run:
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def save_final(self):
-        """final/: a plain folder that from_pretrained loads, in the run's dtype. Ends the training."""
+        """final/: a plain folder that from_pretrained loads, in the run's dtype. Ends the training.
+
+        An adapter is merged into it, and lies beside it in adapter/ as peft loads it.
+        """
+        if self.student.adapter:
+            with atomic_folder(self.out / "adapter") as folder:
+                models.save_model(self.student, folder)
+            models.merge(self.student)
         self.student.net.to(self.student.dtype)
         with atomic_folder(self.out / "final") as folder:
-            save_model(self.student, folder)
+            models.save_model(self.student, folder)
             self.student.tok.save_pretrained(folder)
-
-
-def save_model(model, folder):
-    """save_pretrained with the generation defaults that the model came with."""
-    ours, model.net.generation_config = model.net.generation_config, model.generation_config
-    model.net.save_pretrained(folder)
-    model.net.generation_config = ours
 
 
 def train(run):
     """The loop. It never asks which method it runs."""
-    method, stats = METHODS[run.cfg.method].steps(run), None
+    method, stats = run.method.steps(run), None
     run.begin()
     with tqdm(total=run.cfg.steps, initial=run.state["step"], desc=run.cfg.out, unit="step") as progress:
         while jobs := advance(run, method, stats):      # sample: the method asks for rollouts, yields Jobs
@@ -651,10 +551,8 @@ def step_line(cfg, s):
     return " | ".join(parts)
 
 
-def peak_memory(device):
-    """GiB: the GPU allocator's peak, or on a CPU the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+def process_memory():
+    """GiB of the process at its peak, which on a CPU is all there is to know."""
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -681,12 +579,12 @@ def check_start(run, job):
         tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
                    "p itself; only the importance weight of --loss pg corrects for it")
         return
-    lp = log_probs(student, some, replace(run.objective, temperature=1.0), cfg)
+    lp = log_probs(student, some, cfg)
     off = (torch.cat(lp) - torch.cat([r.logp_T for r in some])).abs().mean().item()
     tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
     if off > (1e-3 if exact else 0.2):
-        fail(f"the sampler's log-probs differ from the training forward's by {off:.3f} nats per token: "
-             "the rollouts are not on-policy")
+        fail(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from the training "
+             f"forward's by {off:.3f} nats per token: the rollouts are not on-policy")
 
 
 # ---- setting up --------------------------------------------------------------------------------------------
@@ -705,13 +603,10 @@ def find_checkpoint(cfg):
     if not recover(checkpoint):
         if (out / "final").exists():
             fail(f"{out} is finished (final/) and its checkpoint/ is gone; choose another --out")
-        for name in ("metrics.jsonl", "samples.jsonl"):         # it died before its first checkpoint
-            if (out / name).exists():
-                (out / name).replace(out / f"{name}.old")
-        return None
+        return None                                             # it died before its first checkpoint
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(vars(cfg)))
     free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
-            "eval_prompts"}
+            "eval_prompts", "teacher_device", "gradient_checkpointing", "dry_run"}
     if cfg.lr_schedule == "constant" and cfg.target == "teacher":
         free |= {"steps"}                       # nothing else depends on where the training ends
     for key in sorted(now.keys() - free):
@@ -738,8 +633,11 @@ def write_config(cfg):
 
 
 def check_prompts(run):
-    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from."""
-    cfg, method = run.cfg, METHODS[run.cfg.method]
+    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from.
+
+    Returns the length of the longest training prompt, as either model sees it.
+    """
+    cfg, method, longest = run.cfg, run.method, 0
     training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
     evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
     for path, branch, rows in training + evaluation:
@@ -757,12 +655,19 @@ def check_prompts(run):
                         grade(row["grader"], "", row["answer"])
                 except Exception as error:      # templates and graders raise what they like
                     fail(f"{where}: {error}")
+                longest = max(longest, length if branch else 0)
                 learned = encode_completion(model.tok, row["solution"]) if branch and method.solutions else []
                 length += max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
-                limit = getattr(model.net.config, "max_position_embeddings", None) or math.inf
+                limit = getattr(model.config, "max_position_embeddings", None) or math.inf
                 if length > limit:
                     fail(f"{where}: prompt and completion can have {length} tokens, but {model.path} has "
                          f"{limit} positions; lower --max_new_tokens or drop the row")
+    template = run.student.tok.chat_template
+    if method.samples and "enable_thinking" in (template or "") and not cfg.chat_template_kwargs:
+        tqdm.write(f"note: {run.student.path} may think before it answers, and completions are cut at "
+                   f"{cfg.max_new_tokens} tokens: raise --max_new_tokens, or let it answer at once with "
+                   """--chat_template_kwargs '{"enable_thinking": false}'""")
+    return longest
 
 
 def split(batch, mixture, branches):
@@ -837,6 +742,12 @@ def configure(argv=None):
         fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if cfg.device != "cpu" and (int(cfg.device[5:] or 0)) >= torch.cuda.device_count():
         fail(f"--device {cfg.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if cfg.device == "cpu" and cfg.teacher_device not in (None, "cpu"):
+        fail(f"--teacher_device {cfg.teacher_device} needs a --device cuda")
+    cfg.teacher_device = cfg.teacher_device or cfg.device.split(":")[0]
+    if "lora_alpha" in changed and not cfg.lora_rank:
+        fail("--lora_alpha has no effect without --lora_rank")
+    cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
     cfg.out = cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}"
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
     for flag in ("recipe", "seeds", "quick", "jobs"):
@@ -861,21 +772,31 @@ def check_objective(cfg, changed):
         fail(f"--loss {cfg.loss} uses the sampled token only: --target, --support and --top_k have no effect")
 
 
+LESS_MEMORY = ("Less memory, in the order of what it costs: lower --micro_tokens or --sample_batch, "
+               "--gradient_checkpointing, --teacher_device swap, --lora_rank 16; --dry_run shows it by part")
+
+
 def main(argv=None):
     try:
         cfg = configure(argv)
         if getattr(cfg, "recipe", None):
             return recipes.run(cfg.recipe, cfg.out, cfg.seeds, cfg.quick, cfg.jobs)
         run = Run(cfg)
+        if cfg.dry_run:
+            return preflight.show(run)
     except (ValueError, OSError) as error:          # bad data and files, already in words
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; the same command again continues where it was")
+    except torch.OutOfMemoryError:
+        fail(f"the models do not fit on {cfg.device}. {LESS_MEMORY}")
     try:
         train(run)
     except KeyboardInterrupt:
         fail(f"interrupted after step {run.state['step']}; the same command with --resume continues from "
              f"the last checkpoint in {run.out}")
+    except torch.OutOfMemoryError:
+        fail(f"step {run.state['step'] + 1} does not fit on {cfg.device}. {LESS_MEMORY}")
     except OSError as error:                        # a full disk, say
         fail(error)
 

@@ -8,9 +8,10 @@ A prompt file has one JSON object per line:
     grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
 
 A model with a chat template sees its own template around the messages (plain text becomes one user message);
-one without sees the plain text. The completion is never rendered: it is token ids from the sampler or
-from encode_completion.
+one without (a base model) sees the plain text. The completion is never rendered: it is token ids from the sampler
+or from encode_completion, the same for student and teacher, whatever each of them saw before it.
 """
+import functools
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def load_prompts(source, branch):
 
     Anything unusable is refused with its line number.
     """
-    if source in convert.SETS:
+    if source.partition(":")[0] in convert.SETS:
         lines = [json.dumps(row) for row in convert.rows(source)]
     elif Path(source).is_file():
         try:
@@ -66,11 +67,15 @@ def is_chat(prompt):
         for m in prompt)
 
 
+def messages(prompt):
+    """A prompt as chat messages; plain text is one of the user's."""
+    return prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
+
+
 def encode_prompt(tok, prompt, template_kwargs=None):
     """Token ids of a prompt as the model sees it, up to where its completion begins."""
     if tok.chat_template:
-        messages = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
-        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+        text = tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
                                        **(template_kwargs or {}))
         ids = tok(text, add_special_tokens=False).input_ids
     elif is_chat(prompt):
@@ -84,9 +89,29 @@ def encode_prompt(tok, prompt, template_kwargs=None):
     return ids
 
 
+@functools.lru_cache(maxsize=64)
+def end_of_turn(tok):
+    """Id of the special token that the chat template puts after an answer; None: no template, or no such token.
+
+    It is the tokenizer's EOS in most families, but not in all: Gemma ends turns with <end_of_turn>, texts with <eos>.
+    """
+    if not tok.chat_template:
+        return None
+    answer = "an answer"
+    try:
+        text = tok.apply_chat_template([*messages("a question"), {"role": "assistant", "content": answer}],
+                                       tokenize=False)
+    except Exception:                                            # templates raise what they like
+        return None
+    after = tok(text.rpartition(answer)[2], add_special_tokens=False).input_ids
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special} | set(tok.all_special_ids)
+    return next((i for i in after if i in special), None)
+
+
 def encode_completion(tok, text):
-    """Token ids of a reference completion, closed by EOS: the student has to learn to stop."""
-    return tok(text, add_special_tokens=False).input_ids + [tok.eos_token_id]
+    """Token ids of a reference completion, closed as its model closes one: the student has to learn to stop."""
+    end = end_of_turn(tok)
+    return tok(text, add_special_tokens=False).input_ids + [tok.eos_token_id if end is None else end]
 
 
 def prompt_text(prompt):

@@ -1,6 +1,7 @@
 """Converters from public sets to prompt rows (data/chat.py): `--prompts openai/gsm8k`, or by hand
 
     python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs package datasets)
+    python -m data.convert 'openai/gsm8k:test[:200]' > gsm8k.jsonl       another split, or a part of one
     python -m data.convert openai/gsm8k --file test.jsonl > gsm8k.jsonl  from a file in the set's own format
 """
 import argparse
@@ -35,7 +36,10 @@ SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": S
 
 
 def rows(name, file=None):
-    """The prompt rows of a set, from the hub or from a JSON-lines file in the set's own format."""
+    """The prompt rows of a set, "NAME" or "NAME:SPLIT", from the hub or a JSON-lines file in the set's format."""
+    name, _, split = name.partition(":")
+    if name not in SETS:
+        raise ValueError(f"unknown set {name!r}; there are: {', '.join(SETS)}")
     if file:
         raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n")
                if line.strip()]
@@ -43,16 +47,23 @@ def rows(name, file=None):
         try:
             from datasets import load_dataset
         except ImportError:
-            raise SystemExit(f"{name} is on the hub: pip install datasets, or give a file") from None
-        raw = load_dataset(name, SETS[name].config, split=SETS[name].split)
+            raise ValueError(f"{name} is on the hub: pip install datasets, or give a file") from None
+        try:
+            raw = load_dataset(name, SETS[name].config, split=split or SETS[name].split)
+        except Exception as error:                      # no network, no such split, ..
+            raise ValueError(f"cannot load {name}: {(str(error) or repr(error)).splitlines()[0]}") from None
     return [SETS[name].convert(row) for row in raw]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=SETS)
+    parser.add_argument("name", metavar="NAME[:SPLIT]", help=", ".join(SETS))
     parser.add_argument("--file", help="JSON lines in the set's own format")
     args = parser.parse_args()
-    for converted in rows(args.name, args.file):
-        print(json.dumps(converted, ensure_ascii=False))
+    try:
+        converted = rows(args.name, args.file)
+    except (ValueError, OSError, KeyError) as error:
+        parser.exit(2, f"data.convert: {error}\n")
+    for row in converted:
+        print(json.dumps(row, ensure_ascii=False))

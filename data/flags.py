@@ -109,15 +109,19 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
         help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
     add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
-        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py); one file per branch. "
-             "For camopd the first is the branch to recover, the others are preserved")
+        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py), or a public set "
+             "(data/convert.py) as openai/gsm8k; one per branch. For camopd the first is the branch to recover, "
+             "the others are preserved")
     add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
-        help="prompts with answers, never trained on")
+        help="prompts with answers, never trained on; a public set may name a split, as "
+             "'openai/gsm8k:test[:200]'")
     add("--method", choices=methods,
         help="methods.py; default: opd with one teacher, mopd with several, sft with none")
     add("--out", metavar="DIR",
         help="the run's folder; default: runs/METHOD-LOSS-seedN, for a recipe runs/RECIPE")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--dry_run", action="store_true",
+        help="read configs, tokenizers and prompts only, say what the run would do and need, write nothing")
 
     add = p.add_argument_group("objective (losses.py)").add_argument
     add("--loss", choices=losses,
@@ -161,7 +165,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--steps", type=COUNT, default=100, help="optimizer steps")
     add("--batch", type=COUNT, default=32, help="prompts per step")
     add("--rollouts", type=COUNT, default=1, help="completions per prompt that the student samples")
-    add("--lr", type=POSITIVE, default=1e-5, help="peak learning rate")
+    add("--lr", type=POSITIVE, help="peak learning rate; default: 1e-5, with --lora_rank 1e-4")
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="after the warm-up")
     add("--warmup", type=AMOUNT, default=0, help="steps of linear warm-up")
@@ -170,8 +174,14 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--adam_beta2", type=SHARE, default=0.95, help="AdamW's second beta (the first is 0.9)")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="on matrices; norms and biases do not decay")
     add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--micro_tokens", type=COUNT, default=16384,
+    add("--micro_tokens", type=COUNT, default=4096,
         help="tokens per forward pass with padding: memory, not results")
+    add("--gradient_checkpointing", action="store_true",
+        help="compute every layer again in the backward pass: less memory, about a third more time")
+    add("--lora_rank", type=AMOUNT, default=0,
+        help="train a LoRA adapter of this rank on all linear layers instead of the weights, which then are "
+             "kept in --dtype; needs peft; 0 = no adapter")
+    add("--lora_alpha", type=POSITIVE, default=32.0, help="LoRA: the adapter's product is scaled by alpha / rank")
 
     add = p.add_argument_group("sampling and evaluation").add_argument
     add("--temperature", type=POSITIVE, default=1.0,
@@ -190,6 +200,9 @@ def parser(about, methods, losses, divergences, supports, recipes):
 
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--teacher_device", choices=("cuda", "cpu", "swap"),
+        help="cpu: teachers compute there, slowly; swap: they wait in main memory and are on the GPU only while "
+             "they score. Default: as --device")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
     add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")

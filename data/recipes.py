@@ -48,7 +48,7 @@ RECIPES = {
               "mopd, camopd use the full-vocabulary reverse KL, -pg the sampled-token policy gradient. "
               "Accuracy in %, greedy.",
         prepare=["data.small_world", "{dir}/world", "--seed", "{seed}"],
-        common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512,
+        common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512, micro_tokens=16384,
                     eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl"
                                   for name in ("covered", "uncovered", "domain")]),
         rows={

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import CHATML, SHARED
+from test_data import SHARED
 
 import losses
 import methods
@@ -56,23 +56,13 @@ def test_logged_loss_is_the_whole_batch_in_any_micro_batches(start):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
 def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
     """The README's command on real prompts: byte-level BPE, chat template, real grader, two teachers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    from data import small_world
+    from data import scratch
     rows = convert.rows("openai/gsm8k", SHARED / "gsm8k" / "test.jsonl")[:64]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator([row["prompt"] + row["solution"] for row in rows], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                  chat_template=CHATML)
+    tok = scratch.tokenizer([row["prompt"] + row["solution"] for row in rows], 600)
     for seed, name in enumerate(("student", "general", "domain")):
-        net = small_world.model(len(tok), seed, hidden=32, layers=2)
-        net.config.max_position_embeddings = 1024
-        net.config.eos_token_id = net.generation_config.eos_token_id = tok.eos_token_id
-        net.save_pretrained(tmp_path / name)
+        scratch.model(tok, seed, hidden=32, layers=2, pad_vocab=8 * seed).save_pretrained(tmp_path / name)
         tok.save_pretrained(tmp_path / name)
     for name, some in (("g", rows[:32]), ("d", rows[32:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -81,17 +71,15 @@ def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
               f"domain={tmp_path}/domain", "--prompts", f"general={tmp_path}/g.jsonl",
               f"domain={tmp_path}/d.jsonl", "--method", "camopd", "--out", str(out), "--steps", "4",
               "--batch", "4", "--max_new_tokens", "24", "--device", "cpu", "--lr", "1e-3",
-              "--eval_prompts", f"gsm8k={tmp_path}/g.jsonl", "--chat_template_kwargs", '{"thinking": false}'])
+              "--eval_prompts", f"gsm8k={tmp_path}/g.jsonl",
+              "--chat_template_kwargs", '{"enable_thinking": false}'])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["branch"] for line in lines[1:]] == ["general"] * 3 + ["domain"]
     assert all(0 <= line["eval"]["gsm8k"] <= 1 for line in lines if "eval" in line) and "eval" in lines[-1]
     assert all("abs_gap" in line and line["loss"] == line["loss"] for line in lines[1:])
     saved = AutoTokenizer.from_pretrained(out / "final")
-    assert saved.chat_template == CHATML
-    assert (opd.encode_prompt(saved, rows[0]["prompt"], {"thinking": False})
-            != opd.encode_prompt(saved, rows[0]["prompt"]))
-    ids = opd.encode_prompt(saved, rows[0]["prompt"], {"thinking": False})
-    assert saved.decode(ids).endswith("<|im_start|>assistant\n<think></think>")
+    ids = opd.encode_prompt(saved, rows[0]["prompt"], {"enable_thinking": False})
+    assert saved.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 # ---- bad input: one line that says what is wrong and what would be right -----------------------------------
@@ -154,7 +142,7 @@ def test_different_tokenizers_are_refused_with_the_first_differences(argv, model
     net.resize_token_embeddings(len(tok))
     tok.save_pretrained(tmp_path / "other")
     net.save_pretrained(tmp_path / "other")
-    assert "'<new>': None / 81" in said(argv(teachers=[tmp_path / "other"]))
+    assert "'<new>': 81 / None" in said(argv(student=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

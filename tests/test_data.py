@@ -10,9 +10,6 @@ from data.chat import encode_completion, encode_prompt, load_prompts
 from data.graders import GRADERS, grade
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking is defined and not thinking %}"
-          "<think></think>{% endif %}{% endif %}")
 
 
 @pytest.mark.parametrize("grader, completion, answer, reward", [

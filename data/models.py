@@ -1,0 +1,354 @@
+"""Models: from a checkpoint to what the loop uses, and back to a checkpoint.
+
+    load          any decoder-only model that transformers loads, checked; with --lora_rank an adapter on it
+    Model         its last hidden states and its head, which is all that the loss needs (kernels/)
+    check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens, other ids
+    save          what from_pretrained, or peft, reads again
+
+What learns is kept in float32; what is frozen in --dtype, as is all computation, but the residual stream and the
+norms are float32 in both: otherwise two equal models would show a gap of rounding.
+"""
+import contextlib
+import functools
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .chat import end_of_turn
+from .flags import fail
+
+
+@dataclass(eq=False)
+class Model:
+    """A causal language model with its tokenizer; the one that learns also has optimizers."""
+    path: str
+    net: torch.nn.Module
+    tok: object
+    stops: list                         # token ids that end a completion
+    vocab: int                          # token ids the tokenizer knows; the head may have more rows (padding)
+    dtype: torch.dtype                  # of the computation; parameters that learn are float32
+    device: torch.device                # of the computation
+    generation_config: GenerationConfig  # as found in the checkpoint, only kept to be saved again
+    optimizers: tuple = ()
+    adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
+    without_adapter: bool = False       # `net` is the student's; this is the model that it was
+    swapped: bool = False               # weights wait in main memory while the model is not `present`
+
+    @property
+    def config(self):
+        """The language model's part of the config."""
+        return self.net.config.get_text_config()
+
+    @property
+    def body(self):
+        """The network without its head."""
+        return self.net.base_model if self.net.base_model is not self.net else self.net.model
+
+    @property
+    def head_VH(self):
+        """The output head; a bias is one more column, to go with the ones in `hidden`."""
+        head = self.net.get_output_embeddings()
+        if head.bias is None:
+            return head.weight
+        return pad(torch.cat([head.weight, head.bias[:, None]], 1), (0, 7))     # widths stay multiples of 8
+
+    @property
+    def logit_scale(self):
+        """What the model multiplies its logits with (Cohere, Granite)."""
+        return (getattr(self.config, "logit_scale", None)
+                or 1 / (getattr(self.config, "logits_scaling", None) or 1))
+
+    @property
+    def softcap(self):
+        """Logits become c * tanh(logits / c) (Gemma 2); None: they do not."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    @contextlib.contextmanager
+    def running(self):
+        """The context of every forward pass."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        bare = self.adapter.disable_adapter() if self.without_adapter else contextlib.nullcontext()
+        with torch.autocast(self.device.type, self.dtype, enabled=half), bare:
+            yield
+
+    @contextlib.contextmanager
+    def present(self):
+        """The time in which a swapped model is on its device. The copies are dropped: nothing has changed."""
+        waiting = [(x, x.data) for x in (*self.net.parameters(), *self.net.buffers())] if self.swapped else []
+        try:
+            for x, data in waiting:
+                x.data = data.to(self.device, non_blocking=True)
+            yield
+        finally:
+            for x, data in waiting:
+                x.data = data
+
+    def hidden(self, ids_BT):
+        """Last hidden states [B, T, H] as the loss wants them: logits = softcapped(hidden @ head_VH.T)."""
+        with self.running():
+            hidden_BTH = self.body(input_ids=ids_BT.to(self.device), use_cache=False).last_hidden_state
+        if self.logit_scale != 1:
+            hidden_BTH = hidden_BTH * self.logit_scale
+        if self.net.get_output_embeddings().bias is not None:
+            hidden_BTH = pad(pad(hidden_BTH, (0, 1), value=1.0), (0, 7))
+        return hidden_BTH
+
+
+# ---- load --------------------------------------------------------------------------------------------------
+
+def load(path, cfg, learns=False, weights=None):
+    """A Model from anything from_pretrained takes: the student (`learns`) or a teacher.
+
+    weights: read parameters, or the adapter's, from this folder (a checkpoint) instead. With cfg.dry_run only
+    config and tokenizer are read, and the parameters are fake tensors, which have shapes but no memory.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    dtype, lora = getattr(torch, cfg.dtype), cfg.lora_rank if learns else 0
+    config, tok, defaults = read_folder(path)
+    quantised = getattr(config, "quantization_config", None)
+    if learns and quantised:
+        fail(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank if memory is "
+             "short (quantised --teachers are fine)")
+    swapped, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
+    if not learns:
+        swapped = cfg.teacher_device == "swap" and not cfg.dry_run
+        device = torch.device("cpu") if cfg.teacher_device == "cpu" else device
+        if swapped and quantised:
+            fail(f"{path} is quantised, which --teacher_device swap cannot move; choose cuda")
+    kept = torch.float32 if learns and not lora else dtype
+    with reading(path):
+        net = (fake_net(config, kept) if cfg.dry_run else
+               read_net((not lora and weights) or path, kept, device if quantised else None))
+    if not (cfg.dry_run or quantised or swapped):
+        net.to(device)
+    net.eval().requires_grad_(learns and not lora)
+    # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
+    net.generation_config = GenerationConfig()
+    if kept != torch.float32:
+        for parameter in net.parameters():
+            if parameter.ndim < 2 and not quantised:
+                parameter.data = parameter.data.float()
+        net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
+    if swapped and device.type == "cuda":
+        for x in (*net.parameters(), *net.buffers()):
+            x.data = x.data.pin_memory()
+    eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+    stops = {tok.eos_token_id, end_of_turn(tok), *eos} - {None}
+    model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, device, defaults,
+                  swapped=swapped)
+    with model.present():
+        check_head(model)
+        if not cfg.dry_run:
+            check_forward(model)
+    if lora:
+        model.adapter = add_adapter(net, cfg, weights)
+    if learns and cfg.gradient_checkpointing:
+        recompute_layers(model)
+    return model
+
+
+def read_folder(path):
+    """(config, tokenizer, generation config) of a checkpoint, whose weights are not touched."""
+    local = Path(path)
+    if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
+        fail(f"cannot load {path}: no such folder, and not a hub id")
+    if (local / "adapter_config.json").exists() and not (local / "config.json").exists():
+        fail(f"{path} is an adapter; give a merged model, as a run's final/ is")
+    if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
+        fail(f"cannot load {path}: no tokenizer in this folder"
+             + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
+    with reading(path):
+        tok, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+        try:
+            defaults = GenerationConfig.from_pretrained(path)
+        except OSError:                                         # many checkpoints have none
+            defaults = GenerationConfig.from_model_config(config)
+    if tok.eos_token_id is None:
+        fail(f"{path}: the tokenizer has no EOS token, so a completion could never end")
+    return config, tok, defaults
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever is wrong with a checkpoint becomes one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # every kind of file can be broken in its own way
+        fail(f"cannot load {path}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+
+
+def read_net(source, dtype, device):
+    """The network with the weights in `source`. device: where a quantised one has to be put at once."""
+    net, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **(dict(device_map={"": device}) if device else {}))
+    if found["missing_keys"]:
+        fail(f"cannot load {source}: {len(found['missing_keys'])} weights are missing, "
+             f"{', '.join(sorted(found['missing_keys'])[:3])} among them")
+    return net
+
+
+@functools.cache
+def fake_mode():
+    """All fake tensors of a process have to be of one mode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    return FakeTensorMode()
+
+
+def fake_net(config, dtype):
+    """The network with shapes and dtypes but without memory or values, of any size, in about a second."""
+    with fake_mode():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def add_adapter(net, cfg, weights):
+    """A LoRA adapter on every linear layer but the head: a new one that changes nothing yet, or a saved one."""
+    try:
+        import peft
+    except ImportError:
+        fail("--lora_rank needs peft: pip install peft")
+    with reading(weights or cfg.student), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)          # peft calls what transformers has renamed
+        if weights:
+            return peft.PeftModel.from_pretrained(net, weights, is_trainable=True)
+        torch.manual_seed(cfg.seed)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+                                 target_modules="all-linear")
+        adapter = peft.get_peft_model(net, config, low_cpu_mem_usage=cfg.dry_run)
+        for module in net.modules() if cfg.dry_run else ():     # peft makes meta tensors, the others are fake
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    with fake_mode():
+                        setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+        return adapter
+
+
+def without_adapter(student):
+    """The model that the student was before its adapter, as a teacher that costs no memory."""
+    return replace(student, optimizers=(), without_adapter=True)
+
+
+def recompute_layers(model):
+    """Gradient checkpointing: of every layer only the input is kept, the rest is computed again in backward.
+
+    transformers' own switch works in training mode only, where dropout is on.
+    """
+    def recomputed(forward):
+        def call(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return call
+
+    layers = [module for module in model.net.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"{model.path}: {type(model.net).__name__} has no layers that --gradient_checkpointing knows")
+    for layer in layers:
+        layer.forward = recomputed(layer.forward)
+
+
+# ---- check -------------------------------------------------------------------------------------------------
+
+def check_head(model):
+    """The head must be a matrix with a row for every token id."""
+    head, kind = model.net.get_output_embeddings(), type(model.net).__name__
+    rows = getattr(head, "out_features", 0)
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != (rows, head.in_features):
+        fail(f"{model.path}: the output head of {kind} is not a plain matrix, which is not supported")
+    if model.vocab > rows:
+        fail(f"{model.path}: the tokenizer has {model.vocab} ids, the model only {rows} rows")
+
+
+@torch.no_grad()
+def check_forward(model):
+    """Refuse a model whose logits are not what the loss will compute from `hidden`, head and softcap.
+
+    What goes into the head must be the last hidden states, and what comes out of the model the transforms that
+    are known here, tried on a probe in place of the head's output. And a token must not see the ones after it.
+    """
+    net, head, seen, kind = model.net, model.net.get_output_embeddings(), {}, type(model.net).__name__
+    ids_BT = torch.arange(8, device=model.device)[None] % model.vocab
+    probe_BTV = torch.linspace(-100, 100, 8 * head.out_features, device=model.device).view(1, 8, -1)
+
+    def replace_output(module, inputs, output):
+        seen["input"] = inputs[0].float()
+        return probe_BTV.clone()
+
+    hook = head.register_forward_hook(replace_output)
+    try:
+        with model.running():
+            hidden_BTH, changed_BTH = (model.body(ids, use_cache=False).last_hidden_state.float()
+                                       for ids in (ids_BT, ids_BT.index_fill(1, ids_BT[0, -1:] * 0 + 7, 0)))
+            theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
+             f"{str(error).splitlines()[0]}")
+    finally:
+        hook.remove()
+    ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
+    if model.softcap:
+        ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
+    close = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=5e-3, atol=1e-3)      # bf16 logits
+    if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
+        fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
+             "logit_scale, logits_scaling or final_logit_softcapping")
+    if not close(hidden_BTH[:, :-1], changed_BTH[:, :-1]):
+        fail(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
+
+
+def check_same_tokens(student, teacher):
+    """Token ids must mean the same in both models: distillation compares distributions id by id.
+
+    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
+    renormalised over the shared ids.
+    """
+    ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
+    more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
+    different = [f"{token!r}: {ours.get(token)} / {theirs.get(token)}"
+                 for token in sorted((ours.keys() | theirs.keys()) - more.keys())
+                 if ours.get(token) != theirs.get(token)]
+    if different:
+        fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
+             f"{'; '.join(different[:3])}); a teacher must share the student's")
+    if more:
+        tqdm.write(f"note: {teacher.path} has {len(more)} tokens that the student lacks "
+                   f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")
+
+
+def share_stops(student, teacher):
+    """A student ends where its teacher would, and says so in its generation config when it is saved.
+
+    A base model has never seen the end-of-turn token of its chat-tuned teacher; it learns the token from the
+    teacher, and would write on after it.
+    """
+    new = [i for i in teacher.stops if i < student.vocab and i not in student.stops]
+    if new:
+        student.stops = sorted(student.stops + new)
+        student.generation_config.eos_token_id = student.stops
+        tqdm.write(f"note: the student now also stops at {', '.join(map(repr, map(teacher.tok.decode, new)))}, "
+                   f"where {teacher.path} ends its texts")
+
+
+# ---- save --------------------------------------------------------------------------------------------------
+
+def save_model(model, folder):
+    """save_pretrained: the adapter in peft's format, or the model with the generation defaults it came with."""
+    if model.adapter:
+        return model.adapter.save_pretrained(folder, save_embedding_layers=False)
+    ours, model.net.generation_config = model.net.generation_config, model.generation_config
+    model.net.save_pretrained(folder)
+    model.net.generation_config = ours
+
+
+def merge(model):
+    """Add the adapter's product to the weights: from now on a plain model."""
+    model.net, model.adapter = model.adapter.merge_and_unload(), None

@@ -1,0 +1,240 @@
+"""The preflight of --dry_run: what a run would do and need, from configs, tokenizers and prompts alone.
+
+Everything that takes no weights is the run's own code: prompts are read, rendered and checked, tokenizers
+compared, flags completed. Memory is counted on fake tensors, which have shapes but no contents: the model's own
+forward and backward pass for one micro-batch, every tensor from its creation to its end (Live). What the model does
+not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
+"""
+import functools
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels.chunked import CHUNK_BYTES
+
+from .chat import encode_completion, encode_prompt
+from .models import fake_mode
+
+PHASES = ("sample", "score", "update")
+UNKNOWN = -1                        # bytes of what cannot run on fake tensors
+SAMPLED_LOGITS = 5                  # float32 copies of the last logits while a token is drawn
+STATES = {torch.optim.AdamW: 2, torch.optim.Muon: 1, torch.optim.SGD: 0}     # float32 numbers per parameter
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are made in this context and still alive, and their peak.
+
+    known: tensors that were there before, whose views are not new.
+    """
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.sizes, self.now, self.peak = {x.untyped_storage()._cdata: 0 for x in known}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, storage._cdata)
+        return out
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+
+def show(run):
+    """Print the preflight of a Run whose networks are fake."""
+    for part in (about_models, about_tokens, about_prompts, about_steps, about_memory):
+        part(run)
+
+
+def distinct(run):
+    """The teachers, each once."""
+    return list(dict.fromkeys(run.teachers.values()))
+
+
+def about_models(run):
+    for role, model in [("student", run.student), *(("teacher", teacher) for teacher in distinct(run))]:
+        count = sum(p.numel() for p in model.net.parameters()) / 1e9
+        learns = sum(p.numel() for p in model.net.parameters() if p.requires_grad) / 1e9
+        what = ("the student without its adapter" if model.without_adapter else f"{count:.3f} B parameters"
+                + f", of which {learns:.3f} B learn" * (model is run.student) + f", {run.cfg.dtype}")
+        print(f"{role}  {model.path}: {type(model.net).__name__}, {what}")
+
+
+def about_tokens(run):
+    tok = run.student.tok
+    names = lambda ids: ", ".join(f"{tok.decode(i)!r} ({i})" for i in ids)
+    print(f"stops    a completion ends at {names(run.student.stops)}, learned like any other token")
+    pad = "none" if tok.pad_token_id is None else names([tok.pad_token_id])
+    print(f"padding  is known from lengths; the tokenizer's pad token, {pad}, plays no role")
+    for model in [run.student, *distinct(run)]:
+        rows = model.net.get_output_embeddings().out_features
+        print(f"ids      {model.path}: {model.vocab:,} in the tokenizer, {rows:,} rows in the head; "
+              f"{run.student.vocab:,} are shared, the other rows have no probability")
+
+
+def about_prompts(run):
+    """The first prompt of every branch as both models see it, and where the loss begins and ends."""
+    for branch, rows in run.prompts.items():
+        row, student, teacher, kwargs = rows[0], run.student, run.teachers.get(branch), run.cfg.chat_template_kwargs
+        seen = encode_prompt(student.tok, row["prompt"], kwargs)
+        print(f"\nthe first of {len(rows):,} prompts of {branch!r}, as the student sees it, {len(seen)} tokens:\n"
+              f"  {student.tok.decode(seen)!r}")
+        if teacher:
+            theirs = encode_prompt(teacher.tok, row["prompt"], kwargs)
+            print("the teacher sees the same tokens" if theirs == seen else
+                  f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
+        *answer, stop = encode_completion(student.tok, row.get("solution") or "")
+        token = lambda loss, i: f"  {loss:6}{i:<9}{student.tok.decode(i)!r}"
+        print(f"and where the loss is{', with its solution for a completion' if answer else ''}:",
+              "  loss  id       token", "  ..", *(token("no", i) for i in seen[-3:]),
+              *(token("yes", i) for i in answer[:3]), "  ..", token("yes", stop), sep="\n")
+
+
+def about_steps(run):
+    cfg = run.cfg
+    print(f"\nsteps    {cfg.steps} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} prompts (at most "
+          f"{run.longest} tokens) with {cfg.rollouts} completion(s) (at most {cfg.max_new_tokens})")
+    for branch, count in run.shares.items():
+        print(f"         {branch}: {count * cfg.steps / len(run.prompts[branch]):.2f} epochs of "
+              f"{len(run.prompts[branch]):,} prompts" + " if every step takes all branches" * (len(run.shares) > 1))
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+def about_memory(run):
+    print(f"\n{f'memory on {run.cfg.device}, GiB, predicted':50}" + "".join(f"{phase:>9}" for phase in PHASES))
+    parts, sums = memory(run), Counter()
+    gib = lambda size: f"{'?':>9}" if size == UNKNOWN else f"{size / 2**30:9.2f}" if size else f"{'-':>9}"
+    for name, sizes in parts.items():
+        print(f"  {name:48}" + "".join(gib(sizes.get(phase, 0)) for phase in PHASES))
+        sums.update({phase: size for phase, size in sizes.items() if size != UNKNOWN})
+    print(f"  {'all':48}" + "".join(gib(sums[phase]) for phase in PHASES))
+    print("  beside them about 0.6 GiB for the libraries, and a few percent between the blocks")
+    if any(size == UNKNOWN for sizes in parts.values() for size in sizes.values()):
+        print("  ? = not predicted: layers that route tokens by their values do not run without values")
+    if run.cfg.device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(run.cfg.device)
+        print(f"  this card, {card.name}, has {card.total_memory / 2**30:.1f} GiB")
+
+
+def memory(run):
+    """{part: {phase: bytes}} on the student's device; for prompts and completions of full length."""
+    cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
+    half, sequences, length = cfg.dtype == "bfloat16", cfg.batch * cfg.rollouts, run.longest + cfg.max_new_tokens
+    micro, sampled = max(1, min(sequences, cfg.micro_tokens // length)), min(sequences, cfg.sample_batch)
+    always = lambda size: dict.fromkeys(PHASES, size)
+    parts = {"student's weights": always(weight_bytes(student))}
+    for teacher in teachers if cfg.teacher_device != "cpu" or cfg.device == "cpu" else []:
+        size = weight_bytes(teacher)
+        parts[f"weights of {teacher.path}"[:48]] = {"score": size} if cfg.teacher_device == "swap" else always(size)
+    parts["optimizer"] = always(sum(4 * STATES[type(optimizer)] * p.numel() for optimizer in student.optimizers
+                                    for group in optimizer.param_groups for p in group["params"]))
+    parts["gradients"] = {"update": sum(p.nbytes for p in student.net.parameters() if p.requires_grad)}
+    if run.method.samples:
+        parts[f"sampling {sampled} x {length:,} tokens"] = {"sample": sampling_bytes(student, sampled, run.longest,
+                                                                                    length)}
+    read = [forward_bytes(model, micro, length) for model in distinct(run)]
+    parts[f"{micro} x {length:,} tokens through the layers"] = {
+        "score": UNKNOWN if UNKNOWN in read else max(read, default=0),
+        "update": update_bytes(student, micro, length, sequences > micro)}
+    tokens = micro * cfg.max_new_tokens
+    buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
+    parts["logits of the fused loss"] = always(buffers) if cfg.device == "cpu" else {"update": buffers}
+    parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
+    return parts
+
+
+def tensors(model):
+    return [*model.net.parameters(), *model.net.buffers()]
+
+
+def weight_bytes(model):
+    """Of parameters and buffers; of a quantised folder, what its files hold."""
+    files = list(Path(model.path).glob("*.safetensors"))
+    if getattr(model.net.config, "quantization_config", None) and files:
+        return sum(file.stat().st_size for file in files)
+    return sum(x.nbytes for x in tensors(model))
+
+
+def simulation(bytes_of):
+    """Mark a function that runs a model on fake tensors; where the model cannot, the answer is UNKNOWN."""
+    @functools.wraps(bytes_of)
+    def call(*args):
+        try:
+            return bytes_of(*args)
+        except Exception:                       # each layer that needs values fails in its own way
+            return UNKNOWN
+    return call
+
+
+@simulation
+def sampling_bytes(model, sequences, prompt, length):
+    """The KV cache at its full length, one layer's twice as it grows, logits, bfloat16 copies of the weights."""
+    with fake_mode(), torch.no_grad(), Live(tensors(model)) as live, model.running():
+        out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
+        started, casts = live.peak, cast_bytes(model)
+    layers = [vars(layer) for layer in (getattr(out, "cache", None) or out.past_key_values).layers]
+    grows = [layer[name].nbytes / prompt for layer in layers for name in ("keys", "values") if name in layer]
+    fixed = sum(x.nbytes for layer in layers for name, state in layer.items() if name not in ("keys", "values")
+                for x in tree_leaves(state) if isinstance(x, torch.Tensor))     # linear attention's
+    grown = fixed + length * (sum(grows) + 2 * max(grows, default=0))
+    logits = SAMPLED_LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
+    return int(max(started, grown + casts + logits))
+
+
+def cast_bytes(model):
+    """Autocast's copies of the float32 matrices that learn."""
+    return sum(p.numel() * model.dtype.itemsize for p in model.net.parameters()
+               if p.ndim > 1 and p.dtype == torch.float32 and model.dtype != torch.float32)
+
+
+@simulation
+def forward_bytes(model, sequences, length):
+    """The peak of a forward pass without gradient."""
+    with fake_mode(), torch.no_grad(), Live(tensors(model)) as live:
+        model.hidden(torch.zeros(sequences, length, dtype=torch.long))
+    return live.peak
+
+
+@simulation
+def update_bytes(model, sequences, length, again):
+    """The peak of forward and backward beside the gradients; `again`: they are there from a micro-batch before."""
+    parameters = [p for p in model.net.parameters() if p.requires_grad]
+    with fake_mode(), Live(tensors(model)) as live:
+        for _ in range(2 if again else 1):
+            live.peak = 0
+            hidden_BTH = model.hidden(torch.zeros(sequences, length, dtype=torch.long))
+            hidden_BTH.backward(torch.zeros_like(hidden_BTH))
+            del hidden_BTH
+    peak = live.peak - sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    for p in parameters:
+        p.grad = None
+    return max(peak, 0)
+
+
+def buffer_bytes(run, tokens):
+    """The logit buffers of the fused loss (kernels/chunked.py)."""
+    row = 4 * run.student.vocab * (2 if run.objective.divergence else 1)
+    return min(max(CHUNK_BYTES["cpu" if run.cfg.device == "cpu" else "gpu"] // row, 1), tokens) * row
+
+
+def loss_bytes(run, tokens, teachers):
+    """What the fused loss holds besides: the head's gradient, a head in bfloat16, states and their gradient."""
+    head_VH, size = run.student.net.get_output_embeddings().weight, run.student.dtype.itemsize
+    out = 3 * tokens * head_VH.shape[1] * size
+    if head_VH.requires_grad:
+        out += 4 * head_VH.numel() + (head_VH.numel() * size if size < 4 else 0)
+    heads = [t.net.get_output_embeddings().weight for t in teachers] if run.objective.divergence else []
+    away = run.cfg.teacher_device == "swap"                     # its head comes alone
+    return out + max([tokens * w.shape[1] * size + (w.nbytes if away else 0) for w in heads], default=0)

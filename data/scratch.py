@@ -1,0 +1,71 @@
+"""An untrained chat model as a hub checkpoint would be: for trying the whole path on a machine without one.
+
+    python -m data.scratch OUT --text prompts.jsonl --vocab 8192 --hidden 512 --layers 8
+
+writes a Qwen3-architecture model with random weights and a byte-level BPE tokenizer trained on the prompts and
+solutions of prompt files (data/chat.py), with Qwen's special tokens, a ChatML template with a thinking switch, and a
+head of more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes another checkpoint's instead.
+"""
+import argparse
+
+from .chat import load_prompts, messages
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "
+          "enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+
+def tokenizer(texts, vocab):
+    """Byte-level BPE with `vocab` ids at most, Qwen's special tokens and CHATML; every text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHATML)
+
+
+def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
+    """A Qwen3 with random weights whose head has at least `pad_vocab` rows more than `tok` has ids."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(seed)
+    heads, stops = max(hidden // 64, 1), [tok.eos_token_id, tok.pad_token_id]
+    net = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tok) + pad_vocab, hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads if heads % 2 else heads // 2,
+        head_dim=hidden // heads, max_position_embeddings=positions, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=stops[0], pad_token_id=stops[1]))
+    net.generation_config.update(eos_token_id=stops, do_sample=True, top_k=20, top_p=0.95, temperature=0.6)
+    return net
+
+
+def texts(path):
+    for row in load_prompts(path, "text"):
+        yield from (message["content"] for message in messages(row["prompt"]))
+        yield row.get("solution") or ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="folder to write to")
+    parser.add_argument("--text", nargs="+", default=[], help="prompt files to train the tokenizer on")
+    parser.add_argument("--tokenizer", help="a checkpoint whose tokenizer to take instead")
+    parser.add_argument("--vocab", type=int, default=8192, help="token ids")
+    parser.add_argument("--pad_vocab", type=int, default=64, help="rows of the head beyond the token ids")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.tokenizer:
+        from transformers import AutoTokenizer
+        tok = AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        tok = tokenizer([text for path in args.text for text in texts(path)], args.vocab)
+    tok.save_pretrained(args.out)
+    model(tok, args.seed, args.hidden, args.layers, args.pad_vocab).save_pretrained(args.out)
