@@ -399,8 +399,8 @@ class Run:
             ids = [encode_prompt(model.tok, prompt["prompt"], self.cfg.chat_template_kwargs)
                    for prompt in prompts]
             completions = generate(model, ids, self.cfg, temperature)
-            rollouts = [Rollout(prompt, *completion)
-                        for prompt, completion in zip(prompts, completions, strict=True)]
+            rollouts = [Rollout(prompt, ids_T.to(self.student.device), logp_T)
+                        for prompt, (ids_T, logp_T) in zip(prompts, completions, strict=True)]
             for r in rollouts:
                 if "answer" in r.prompt:
                     r.reward = grade(r.prompt["grader"], rollout_text(model, r), r.prompt["answer"])
@@ -463,6 +463,9 @@ class Run:
                     "prompt": prompt_text(r.prompt["prompt"]), "completion": rollout_text(job.student, r),
                     "reward": r.reward, "selected": bool(w_T.any()),
                     "gap": None if r.gap_T is None else r.gap_T.mean().item()})
+        if state["step"] == 0 and stats["cut"] > 0.5:
+            tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within --max_new_tokens "
+                       f"{cfg.max_new_tokens}; what lies beyond is never trained")
         state["step"] += 1
         due = lambda every: state["step"] == cfg.steps or (every and state["step"] % every == 0)
         if due(cfg.eval_every):

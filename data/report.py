@@ -2,6 +2,7 @@
 import json
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 from .files import read_lines
@@ -31,57 +32,141 @@ def write_run(out):
     """OUT/report.md and OUT/curves.png of one run."""
     out = Path(out)
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
-    lines = [f"# {config['method']} with {config['loss']}: {config['student']}", "",
-             f"{len(steps)} steps on {config['device_name']}, started {config['started']}, "
-             f"seed {config['seed']}, {steps[-1]['sampled_tokens']:,} tokens sampled, "
-             f"{sum(sum(s['seconds'].values()) for s in steps) / 60:.1f} minutes, "
-             f"peak memory {max(s['memory_gib'] for s in steps):.1f} GiB.", ""]
+    samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
+    name = lambda path: "/".join(Path(path).parts[-2:])
+    teachers = " and ".join(dict.fromkeys(map(name, config["teachers"].values())))
+    lines = [f"# {name(config['student'])}" + f" taught by {teachers}" * bool(teachers)
+             + f": {config['method']}, {config['loss']}", "", about_run(config, steps), ""]
     if evals:
-        names = list(dict.fromkeys(name for _, scores in evals for name in scores))
-        lines += ["| after step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {step} | " + " | ".join(f"{100 * scores[n]:.1f}" if n in scores else "not run"
-                                            for n in names) + " |" for step, scores in evals]
-        lines += ["", f"Accuracy in %, {config['eval_rollouts']} completion(s) per prompt at temperature "
+        lines += ["## Accuracy", "", *accuracy_table(evals), "",
+                  f"In %, on {', '.join(f'`{path}`' for path in config['eval_prompts'].values())}; "
+                  f"{config['eval_rollouts']} completion(s) per prompt at temperature "
                   f"{config['eval_temperature']:g}.", ""]
-    lines += ["![curves](curves.png)", "", "## Last samples", ""]
-    for sample in read_lines(out / "samples.jsonl")[-4:] if (out / "samples.jsonl").exists() else []:
-        gap = "" if sample["gap"] is None else f" (mean gap {sample['gap']:+.2f})"
-        lines += [f"step {sample['step'] + 1}, {sample['branch']}{gap}:", "", "```json",
-                  json.dumps({"prompt": sample["prompt"][-300:], "completion": sample["completion"][:600]},
-                             ensure_ascii=False, indent=1), "```", ""]
+    lines += ["## Training", "", *change_table(steps), "", "![curves](curves.png)", "", "## The model", "",
+              "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+              f'model = AutoModelForCausalLM.from_pretrained("{out}/final", dtype="auto")',
+              f'tokenizer = AutoTokenizer.from_pretrained("{out}/final")', "```", ""]
+    if config.get("lora_rank"):
+        lines += [f"`{out}/adapter` is the adapter alone, for `peft.PeftModel.from_pretrained` on "
+                  f"`{config['student']}`.", ""]
+    lines += ["## Samples", ""]
+    for sample in [*samples[:2], *samples[2:][-3:]]:
+        facts = [f"step {sample['step'] + 1}", sample["branch"]]
+        facts += [f"mean gap {sample['gap']:+.2f}"] if sample["gap"] is not None else []
+        facts += [f"reward {sample['reward']:g}"] if sample["reward"] is not None else []
+        facts += [] if sample["selected"] else ["not selected"]
+        lines += [", ".join(facts) + ":", "", textwrap.indent(sample["prompt"][-400:], "    "), "", "gets", "",
+                  textwrap.indent(sample["completion"][:800] or "(nothing)", "    ", lambda line: True), ""]
     settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
-    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
-              json.dumps(config["versions"])]
+    lines += ["## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
+              ", ".join(f"{package} {version}" for package, version in config["versions"].items())]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
 
 
+def about_run(config, steps):
+    """One paragraph: how much, how long, where the time went, how much memory."""
+    parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in steps[-1]["seconds"]}
+    total = max(sum(parts.values()), 1e-9)
+    memory = " ".join(f"{name} {max(s['memory_gib_by_part'].get(name, 0) for s in steps):.1f}"
+                      for name in steps[-1].get("memory_gib_by_part", {}))
+    return (f"{len(steps)} steps with {steps[-1]['sampled_tokens']:,} sampled tokens in {total / 60:.1f} minutes ("
+            + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
+            + f"); peak memory {max(s['memory_gib'] for s in steps):.1f} GiB" + f" ({memory})" * bool(memory)
+            + f". {config['device_name']}, {config['dtype']}, seed {config['seed']}, {config['started']}.")
+
+
+def accuracy_table(evals):
+    names = list(dict.fromkeys(name for _, scores in evals for name in scores))
+    percent = lambda scores, name: f"{100 * scores[name]:.1f}" if name in scores else "not run"
+    table = ["| after step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    table += [f"| {step} | " + " | ".join(percent(scores, n) for n in names) + " |" for step, scores in evals]
+    first, last = evals[0][1], evals[-1][1]
+    change = [f"**{100 * (last[n] - first[n]):+.1f}**" if n in first and n in last else "" for n in names]
+    return table + ["| change | " + " | ".join(change) + " |"] * (len(evals) > 1)
+
+
+CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - log p(y), nats", 1),
+           "abs_gap": ("size of the gap, nats", 1), "entropy_s": ("student's entropy, nats", 1),
+           "entropy_t": ("teacher's entropy, nats", 1), "top1_agree": ("same most likely token, %", 100),
+           "logprob_s": ("log p(y), nats", 1), "reward": ("accuracy of the rollouts, %", 100),
+           "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100)}
+
+
+def change_table(steps):
+    """What the first and the last tenth of the training were like."""
+    tenth = max(len(steps) // 10, 1)
+    table = [f"| mean of | first {tenth} step(s) | last {tenth} |", "|---|---|---|"]
+    for key, (title, unit) in CHANGES.items():
+        ends = [[s[key] for s in part if key in s] for part in (steps[:tenth], steps[-tenth:])]
+        if all(ends):
+            table += [f"| {title} | " + " | ".join(f"{unit * statistics.mean(end):.3g}" for end in ends) + " |"]
+    return table
+
+
+def series(steps, key):
+    """{branch: (steps, values)} of a metric; steps that mix branches say it for each of them."""
+    out = {}
+    for s in steps:
+        for branch, line in s.get("branches", {s["branch"]: s}).items():
+            if key in line:
+                xs, ys = out.setdefault(branch, ([], []))
+                xs.append(s["step"] + 1)
+                ys.append(line[key])
+    return out
+
+
+def smooth(values, window):
+    """Mean over the last `window` values, or as many as there are."""
+    return [statistics.mean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+
+
 def draw_run(plt, steps, evals, path):
-    panels = [("divergence, nats per token", ["value"]), ("gap: log q(y) - log p(y)", ["gap", "abs_gap"]),
-              ("completion length, tokens", ["length"]), ("-log p(y)", ["logprob_s"])]
-    panels = [(title, [k for k in keys if k in steps[-1]]) for title, keys in panels]
-    panels = [(title, keys) for title, keys in panels if keys][:3]
-    figure, axes = plt.subplots(1, len(panels) + bool(evals), figsize=(3.6 * (len(panels) + bool(evals)), 3),
-                                squeeze=False)
-    branches = list(dict.fromkeys(s["branch"] for s in steps))              # alternating ones get a line each
-    for axis, (title, keys) in zip(axes[0], panels):
-        for key, branch in ((key, branch) for key in keys for branch in branches):
-            some = [s for s in steps if key in s and s["branch"] == branch]
-            label = " ".join([key] * (len(keys) > 1) + [branch] * (len(branches) > 1))
-            sign = -1 if key == "logprob_s" else 1
-            axis.plot([s["step"] + 1 for s in some], [sign * s[key] for s in some], linewidth=1, label=label)
-            if label:
-                axis.legend()
+    """Every step pale, a moving mean over it strong; one colour per branch, one line style per quantity."""
+    panels = [("divergence, nats per token", {"value": ""}, 1), ("gap, nats", {"gap": "mean", "abs_gap": "size"}, 1),
+              ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
+              ("-log p(y), nats per token", {"logprob_s": ""}, -1), ("completion length, tokens", {"length": ""}, 1),
+              ("accuracy of the rollouts, %", {"reward": ""}, 100)]
+    panels = [panel for panel in panels if any(series(steps, key) for key in panel[1])]
+    if any(title.startswith("divergence") for title, *_ in panels):
+        panels = [panel for panel in panels if "log p(y)" not in panel[0]]
+    count = len(panels) + bool(evals) + 1
+    columns = min(count, 3) if count <= 6 else 4
+    figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
+                                figsize=(3.6 * columns, 2.7 * -(-count // columns)))
+    axes, window = list(axes.flat), max(len(steps) // 20, 1)
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (title, keys, unit) in zip(axes, panels):
+        for (key, word), style in zip(keys.items(), ("-", ":")):
+            for color, (branch, (xs, ys)) in zip(colors, (found := series(steps, key)).items()):
+                ys = [unit * y for y in ys]
+                label = " ".join([branch] * (len(found) > 1) + [word] * bool(word))
+                axis.plot(xs, ys, color=color, linewidth=0.8, alpha=0.25 if window > 1 else 0)
+                axis.plot(xs, smooth(ys, window), style, color=color, linewidth=1.5, label=label)
+                if label:
+                    axis.legend(fontsize=7)
         axis.set_title(title)
-        axis.set_xlabel("step")
+        if "%" in title:
+            axis.set_ylim(-3, 103)
     if evals:
-        axis = axes[0][-1]
+        axis = axes[len(panels)]
         for name in dict.fromkeys(name for _, scores in evals for name in scores):
             points = [(step, 100 * scores[name]) for step, scores in evals if name in scores]
             axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(title="accuracy, %", xlabel="step", ylim=(-3, 103))
-        axis.legend()
+        axis.set(title="accuracy in evaluation, %", ylim=(-3, 103))
+        axis.legend(fontsize=7)
+    names = list(steps[-1]["seconds"])
+    axes[count - 1].stackplot([s["step"] + 1 for s in steps],
+                              [smooth([s["seconds"].get(name, 0) for s in steps], window) for name in names],
+                              labels=names, alpha=0.7)
+    axes[count - 1].set_title("seconds per step")
+    axes[count - 1].legend(fontsize=7)
+    for axis in axes[:count]:
+        axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[count:]:
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -110,6 +110,9 @@ def said(words):
     (dict(importance=[2, 0.5]), "LOW must be below HIGH"), (dict(device="tpu"), "choose cpu, cuda"),
     (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "invalid json_object"),
     (dict(chat_template_kwargs="[]"), "is not a JSON object"),
+    (dict(teacher_device="swap"), "--teacher_device swap needs a --device cuda"),
+    (dict(lora_alpha=8), "no effect without --lora_rank"), (dict(lora_rank=-1), "at least 0"),
+    (dict(prompts=["openai/gsm8k:nowhere"]), "cannot load openai/gsm8k"),
     (dict(max_new_tokens=500), "128 positions")], ids=str)
 def test_bad_input_is_refused_in_one_line(argv, tmp_path, flags, expected):
     assert expected in said(argv(**flags))

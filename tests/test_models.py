@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -316,6 +317,12 @@ def test_a_teacher_without_the_adapter_is_the_model_that_the_student_was(lora, c
     for r, lq_T, lp_T in zip(some, expected, opd.log_probs(run.student, some, run.cfg)):
         torch.testing.assert_close(r.gap_T, lq_T - lp_T, rtol=1e-4, atol=1e-5)
         assert r.gap_T.abs().max() > 1e-3
+
+
+def test_without_peft_a_line_says_what_to_install(argv, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="--lora_rank needs peft: pip install peft"):
+        opd.main(argv(lora_rank=4))
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
