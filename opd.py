@@ -743,7 +743,7 @@ def configure(argv=None):
     check_objective(cfg, changed)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
         fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
-    if cfg.device != "cpu" and (int(cfg.device[5:] or 0)) >= torch.cuda.device_count():
+    if not cfg.dry_run and cfg.device != "cpu" and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
         fail(f"--device {cfg.device}: torch sees {torch.cuda.device_count()} CUDA devices")
     if cfg.device == "cpu" and cfg.teacher_device not in (None, "cpu"):
         fail(f"--teacher_device {cfg.teacher_device} needs a --device cuda")

@@ -121,7 +121,8 @@ def parser(about, methods, losses, divergences, supports, recipes):
         help="the run's folder; default: runs/METHOD-LOSS-seedN, for a recipe runs/RECIPE")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--dry_run", action="store_true",
-        help="read configs, tokenizers and prompts only, say what the run would do and need, write nothing")
+        help="read configs, tokenizers and prompts only, say what the run would do and need, write nothing; "
+             "with --device cuda for a GPU that is not here")
 
     add = p.add_argument_group("objective (losses.py)").add_argument
     add("--loss", choices=losses,
@@ -177,11 +178,12 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--micro_tokens", type=COUNT, default=4096,
         help="tokens per forward pass with padding: memory, not results")
     add("--gradient_checkpointing", action="store_true",
-        help="compute every layer again in the backward pass: less memory, about a third more time")
+        help="compute every layer again in the backward pass: less memory for one more forward pass")
     add("--lora_rank", type=AMOUNT, default=0,
         help="train a LoRA adapter of this rank on all linear layers instead of the weights, which then are "
              "kept in --dtype; needs peft; 0 = no adapter")
-    add("--lora_alpha", type=POSITIVE, default=32.0, help="LoRA: the adapter's product is scaled by alpha / rank")
+    add("--lora_alpha", type=POSITIVE, default=32.0, 
+        help="LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA Without Regret'")
 
     add = p.add_argument_group("sampling and evaluation").add_argument
     add("--temperature", type=POSITIVE, default=1.0,

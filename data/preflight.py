@@ -123,7 +123,7 @@ def about_memory(run):
     print("  beside them about 0.6 GiB for the libraries, and a few percent between the blocks")
     if any(size == UNKNOWN for sizes in parts.values() for size in sizes.values()):
         print("  ? = not predicted: layers that route tokens by their values do not run without values")
-    if run.cfg.device.startswith("cuda"):
+    if run.cfg.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(run.cfg.device)
         print(f"  this card, {card.name}, has {card.total_memory / 2**30:.1f} GiB")
 
