@@ -44,7 +44,7 @@ class Job:
     rollouts: list
     objective: Objective
     weights: Callable | None = None         # the scored Job -> a tensor per rollout, [T] or []; None = ones
-    hidden_t: list | None = None            # the teacher's states per rollout, [T, H], filled when the loop scores
+    hidden_t: list | None = None            # the teacher's states of each rollout, [T, H], from scoring
 
 
 def by_branch(rollouts):

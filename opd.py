@@ -31,7 +31,8 @@ import transformers
 from tqdm import tqdm
 
 from data import flags, models, preflight, recipes, report      # before transformers: see data/__init__.py
-from data.chat import encode_completion, encode_prompt, load_prompts, prompt_text
+from data.chat import (encode_completion, encode_prompt, load_prompts, may_think, prompt_text,
+                       reads_nothing)
 from data.files import atomic_folder, read_lines, recover, write_file
 from data.flags import fail
 from data.graders import grade
@@ -193,13 +194,13 @@ def score(job, cfg):
     assert objective.label != "pg" or all(r.logp_T is not None for r in rollouts), "pg needs sampled rollouts"
     job.hidden_t = [None] * len(rollouts)
     with teacher.present():
-        head_t_VH = teacher.head_VH.to(student.device)
+        head_t_VH = teacher.head_VH.to(student.device) if asked else None
         for group, hidden_NH in passes(teacher, rollouts, cfg, teacher=True):
-            hidden_NH, some = hidden_NH.to(student.device), [rollouts[i] for i in group]
+            some = [rollouts[i] for i in group]
             if asked:
                 for r, lq_T in zip(some, token_log_probs(
-                        hidden_NH, head_t_VH, some, temperature=objective.temperature, vocab=student.vocab,
-                        softcap=teacher.softcap)):
+                        hidden_NH.to(student.device), head_t_VH, some, temperature=objective.temperature,
+                        vocab=student.vocab, softcap=teacher.softcap)):
                     r.gap_T = lq_T
             if objective.divergence:
                 for i, hidden_TH in zip(group, hidden_NH.cpu().split([len(r.ids_T) for r in some])):
@@ -274,7 +275,8 @@ def build_optimizers(model, cfg):
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     if cfg.optimizer == "sgd":
         return (torch.optim.SGD(groups, lr=cfg.lr),)
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
+    fused = model.device.type == "cuda" or None                 # without temporaries as large as the model
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2), fused=fused)
     if cfg.optimizer == "adamw":
         return (adamw,)
     return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay,
@@ -339,20 +341,22 @@ class Run:
         self.evals = {name: load_prompts(path, name) for name, path in cfg.eval_prompts.items()}
         cfg.prompts_sha256 = {branch: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
                               for branch, rows in self.prompts.items()}
-        checkpoint = None if cfg.dry_run else find_checkpoint(cfg)
+        checkpoint = find_checkpoint(cfg)
         self.student = models.load(cfg.student, cfg, learns=True, weights=checkpoint)
         self.student.optimizers = build_optimizers(self.student, cfg)
+        thinks = may_think(self.student.tok, cfg.chat_template_kwargs)
+        cfg.max_new_tokens = cfg.max_new_tokens or (2048 if thinks else 512)
         distinct = {path: models.without_adapter(self.student) if cfg.lora_rank and path == cfg.student
                     else models.load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
         for teacher in distinct.values():
-            models.check_same_tokens(self.student, teacher)
+            models.share_tokens(self.student, teacher)
             models.share_stops(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
         self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
-        self.longest = check_prompts(self)                      # prompt, in tokens
-        if checkpoint:
+        self.longest_prompt, self.longest_completion = check_prompts(self)      # in tokens
+        if checkpoint and not cfg.dry_run:
             self.restore(checkpoint)
 
     @property
@@ -416,11 +420,11 @@ class Run:
 
     def evaluate(self, model):
         """Mean reward per --eval_prompts set. Clock, counters and the next step's randomness are kept."""
-        clock, peaks, spent = dict(self.clock), dict(self.peaks), self.state["sampled_tokens"]
+        clock, spent = dict(self.clock), self.state["sampled_tokens"]
         torch.manual_seed(self.cfg.seed)
         rollouts = {name: self.sample(model, prompts, self.cfg.eval_rollouts, self.cfg.eval_temperature)
                     for name, prompts in self.evals.items()}
-        self.clock, self.peaks, self.state["sampled_tokens"] = clock, peaks, spent
+        self.clock, self.state["sampled_tokens"] = clock, spent
         return {name: sum(r.reward for r in rs) / len(rs) for name, rs in rollouts.items()}
 
     @contextlib.contextmanager
@@ -464,8 +468,8 @@ class Run:
                     "reward": r.reward, "selected": bool(w_T.any()),
                     "gap": None if r.gap_T is None else r.gap_T.mean().item()})
         if state["step"] == 0 and stats["cut"] > 0.5:
-            tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within --max_new_tokens "
-                       f"{cfg.max_new_tokens}; what lies beyond is never trained")
+            tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
+                       f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
         state["step"] += 1
         due = lambda every: state["step"] == cfg.steps or (every and state["step"] % every == 0)
         if due(cfg.eval_every):
@@ -487,7 +491,8 @@ class Run:
                        folder / "trainer.pt")
 
     def restore(self, checkpoint):
-        saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        with models.reading(checkpoint):
+            saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         self.state = saved["state"]
         for optimizer, state in zip(self.student.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -586,8 +591,8 @@ def check_start(run, job):
     off = (torch.cat(lp) - torch.cat([r.logp_T for r in some])).abs().mean().item()
     tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
     if off > (1e-3 if exact else 0.2):
-        fail(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from the training "
-             f"forward's by {off:.3f} nats per token: the rollouts are not on-policy")
+        fail(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from the "
+             f"training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
 
 
 # ---- setting up --------------------------------------------------------------------------------------------
@@ -597,17 +602,19 @@ def find_checkpoint(cfg):
     out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint"
     if out.exists() and not out.is_dir():
         fail(f"--out {out} is a file; it must be a folder")
-    if not (out / "config.json").exists():
+    before = read_config(out)
+    if before is None:
         if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
             fail(f"--out {out} holds other files and no run; choose another --out")
         return None
     if not cfg.resume:
         fail(f"{out} holds a run already: add --resume to continue it, or choose another --out")
-    if not recover(checkpoint):
+    if not (recover(checkpoint) if not cfg.dry_run else checkpoint.exists()):
         if (out / "final").exists():
             fail(f"{out} is finished (final/) and its checkpoint/ is gone; choose another --out")
         return None                                             # it died before its first checkpoint
-    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(vars(cfg)))
+    cfg.max_new_tokens = cfg.max_new_tokens or before.get("max_new_tokens")
+    now = json.loads(json.dumps(vars(cfg)))
     free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
             "eval_prompts", "teacher_device", "gradient_checkpointing", "dry_run"}
     if cfg.lr_schedule == "constant" and cfg.target == "teacher":
@@ -617,6 +624,15 @@ def find_checkpoint(cfg):
             fail(f"--resume with another {key} ({now[key]}, was {before.get(key)}) would be another "
                  "experiment; choose another --out")
     return checkpoint
+
+
+def read_config(out):
+    """The settings of the run in a folder, or None: a model's folder has a config.json as well."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and {"method", "versions"} <= config.keys() else None
 
 
 def write_config(cfg):
@@ -638,13 +654,16 @@ def write_config(cfg):
 def check_prompts(run):
     """Before the first step: every row can be rendered, fits the model, and can be graded or learned from.
 
-    Returns the length of the longest training prompt, as either model sees it.
+    Returns the lengths of the longest prompt, as either model sees it, and of the longest completion.
     """
-    cfg, method, longest = run.cfg, run.method, 0
+    cfg, method, longest, longest_completion = run.cfg, run.method, 0, 0
     training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
     evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
     for path, branch, rows in training + evaluation:
         readers = dict.fromkeys([run.student, *([run.teachers[branch]] if branch in run.teachers else [])])
+        for model in readers:
+            if reads_nothing(model.tok):
+                fail(f"{model.path}: its chat template leaves out the text of messages")
         for row in rows:
             where = f"{path}:{row['row']}"
             if branch and method.solutions and not isinstance(row.get("solution"), str):
@@ -653,24 +672,28 @@ def check_prompts(run):
                 fail(f'{where} has no "answer", so it cannot be evaluated')
             for model in readers:
                 try:
-                    length = len(encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs))
+                    ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
+                    learned = (encode_completion(model.tok, row["solution"])
+                               if branch and method.solutions else [])
                     if "answer" in row:
                         grade(row["grader"], "", row["answer"])
-                except Exception as error:      # templates and graders raise what they like
+                except Exception as error:      # templates, tokenizers and graders raise what they like
                     fail(f"{where}: {error}")
-                longest = max(longest, length if branch else 0)
-                learned = encode_completion(model.tok, row["solution"]) if branch and method.solutions else []
-                length += max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
+                rows_of_net = len(model.net.get_input_embeddings().weight)
+                if max(ids + learned) >= rows_of_net:
+                    fail(f"{where} has the token {model.tok.decode(max(ids + learned))!r}, id "
+                         f"{max(ids + learned)}, for which {model.path} has no row ({rows_of_net})")
+                completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
+                longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
                 limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-                if length > limit:
-                    fail(f"{where}: prompt and completion can have {length} tokens, but {model.path} has "
-                         f"{limit} positions; lower --max_new_tokens or drop the row")
-    template = run.student.tok.chat_template
-    if method.samples and "enable_thinking" in (template or "") and not cfg.chat_template_kwargs:
-        tqdm.write(f"note: {run.student.path} may think before it answers, and completions are cut at "
-                   f"{cfg.max_new_tokens} tokens: raise --max_new_tokens, or let it answer at once with "
+                if len(ids) + completion > limit:
+                    fail(f"{where}: prompt and completion can have {len(ids) + completion} tokens, but "
+                         f"{model.path} has {limit} positions; lower --max_new_tokens or drop the row")
+    if method.samples and may_think(run.student.tok, cfg.chat_template_kwargs):
+        tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
+                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
                    """--chat_template_kwargs '{"enable_thinking": false}'""")
-    return longest
+    return longest, longest_completion
 
 
 def split(batch, mixture, branches):

@@ -8,8 +8,8 @@ A prompt file has one JSON object per line:
     grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
 
 A model with a chat template sees its own template around the messages (plain text becomes one user message);
-one without (a base model) sees the plain text. The completion is never rendered: it is token ids from the sampler
-or from encode_completion, the same for student and teacher, whatever each of them saw before it.
+one without (a base model) sees the plain text. The completion is never rendered: it is token ids from the
+sampler or from encode_completion, the same for student and teacher, whatever each of them saw before it.
 """
 import functools
 import json
@@ -39,7 +39,7 @@ def load_prompts(source, branch):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source}:{number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not row.get("prompt"):
             raise ValueError(f'{source}:{number}: a row is an object with a non-empty "prompt", '
@@ -91,9 +91,9 @@ def encode_prompt(tok, prompt, template_kwargs=None):
 
 @functools.lru_cache(maxsize=64)
 def end_of_turn(tok):
-    """Id of the special token that the chat template puts after an answer; None: no template, or no such token.
+    """Id of the special token that the chat template puts after an answer; None: there is none.
 
-    It is the tokenizer's EOS in most families, but not in all: Gemma ends turns with <end_of_turn>, texts with <eos>.
+    It is the tokenizer's EOS in most families, but Gemma ends turns with <end_of_turn> and texts with <eos>.
     """
     if not tok.chat_template:
         return None
@@ -103,13 +103,28 @@ def end_of_turn(tok):
                                        tokenize=False)
     except Exception:                                            # templates raise what they like
         return None
+    if answer not in text:
+        return None
     after = tok(text.rpartition(answer)[2], add_special_tokens=False).input_ids
     special = {i for i, token in tok.added_tokens_decoder.items() if token.special} | set(tok.all_special_ids)
     return next((i for i in after if i in special), None)
 
 
+def reads_nothing(tok):
+    """Whether the chat template leaves out what messages say: some know only lists of parts (text, image)."""
+    try:
+        return encode_prompt(tok, "a question") == encode_prompt(tok, "another one")
+    except Exception:                                            # the prompts themselves will tell
+        return False
+
+
+def may_think(tok, template_kwargs):
+    """Whether the chat template has Qwen3's switch for thinking, on unless it is switched off."""
+    return "enable_thinking" in (tok.chat_template or "") and template_kwargs.get("enable_thinking", True)
+
+
 def encode_completion(tok, text):
-    """Token ids of a reference completion, closed as its model closes one: the student has to learn to stop."""
+    """Token ids of a reference completion, closed as its model closes one: it has to learn to stop."""
     end = end_of_turn(tok)
     return tok(text, add_special_tokens=False).input_ids + [tok.eos_token_id if end is None else end]
 

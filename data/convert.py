@@ -36,13 +36,13 @@ SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": S
 
 
 def rows(name, file=None):
-    """The prompt rows of a set, "NAME" or "NAME:SPLIT", from the hub or a JSON-lines file in the set's format."""
+    """The rows of a set, "NAME" or "NAME:SPLIT", from the hub or from JSON lines in the set's own format."""
     name, _, split = name.partition(":")
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; there are: {', '.join(SETS)}")
     if file:
-        raw = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n")
-               if line.strip()]
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        raw = [json.loads(line) for line in lines if line.strip()]
     else:
         try:
             from datasets import load_dataset
@@ -52,7 +52,13 @@ def rows(name, file=None):
             raw = load_dataset(name, SETS[name].config, split=split or SETS[name].split)
         except Exception as error:                      # no network, no such split, ..
             raise ValueError(f"cannot load {name}: {(str(error) or repr(error)).splitlines()[0]}") from None
-    return [SETS[name].convert(row) for row in raw]
+    converted = []
+    for number, row in enumerate(raw, 1):
+        try:
+            converted.append(SETS[name].convert(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file or name}:{number}: not a row of {name}: {error!r}") from None
+    return converted
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
         help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
     add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
-        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py), or a public set "
-             "(data/convert.py) as openai/gsm8k; one per branch. For camopd the first is the branch to recover, "
+        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py), or a public set as "
+             "openai/gsm8k (data/convert.py); one per branch. For camopd the first is the branch to recover, "
              "the others are preserved")
     add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
         help="prompts with answers, never trained on; a public set may name a split, as "
@@ -180,8 +180,8 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--gradient_checkpointing", action="store_true",
         help="compute every layer again in the backward pass: less memory for one more forward pass")
     add("--lora_rank", type=AMOUNT, default=0,
-        help="train a LoRA adapter of this rank on all linear layers instead of the weights, which then are "
-             "kept in --dtype; needs peft; 0 = no adapter")
+        help="train a LoRA adapter of this rank on all linear layers (not on experts that are one tensor) "
+             "instead of the weights, which then are kept in --dtype; needs peft; 0 = no adapter")
     add("--lora_alpha", type=POSITIVE, default=32.0, 
         help="LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA Without Regret'")
 
@@ -190,8 +190,10 @@ def parser(about, methods, losses, divergences, supports, recipes):
         help="of the rollouts; anything but 1 is off-policy, and said so")
     add("--top_p", type=number(float, above=0, most=1), default=1.0,
         help="of rollouts and of sampled evaluation; likewise")
-    add("--max_new_tokens", type=COUNT, default=512, help="longest completion, in tokens")
-    add("--sample_batch", type=COUNT, default=256, help="completions generated at a time")
+    add("--max_new_tokens", type=COUNT,
+        help="longest completion, in tokens; default: 512, or 2048 where the chat template lets the student "
+             "think")
+    add("--sample_batch", type=COUNT, default=64, help="completions generated at a time")
     add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
         help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
     add("--eval_every", type=AMOUNT, default=0,
@@ -203,8 +205,8 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--teacher_device", choices=("cuda", "cpu", "swap"),
-        help="cpu: teachers compute there, slowly; swap: they wait in main memory and are on the GPU only while "
-             "they score. Default: as --device")
+        help="cpu: teachers compute there, slowly; swap: they wait in main memory and are on the GPU only "
+             "while they score. Default: as --device")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
     add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")

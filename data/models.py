@@ -2,10 +2,11 @@
 
     load          any decoder-only model that transformers loads, checked; with --lora_rank an adapter on it
     Model         its last hidden states and its head, which is all that the loss needs (kernels/)
-    check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens, other ids
-    save          what from_pretrained, or peft, reads again
+    check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens
+    share_*       what student and teacher must agree on: token ids, where a completion ends
+    save_model    what from_pretrained, or peft, reads again
 
-What learns is kept in float32; what is frozen in --dtype, as is all computation, but the residual stream and the
+What learns is kept in float32; what is frozen in --dtype, as is all computation, but residual stream and
 norms are float32 in both: otherwise two equal models would show a gap of rounding.
 """
 import contextlib
@@ -33,10 +34,10 @@ class Model:
     net: torch.nn.Module
     tok: object
     stops: list                         # token ids that end a completion
-    vocab: int                          # token ids the tokenizer knows; the head may have more rows (padding)
+    vocab: int                          # token ids that models share; the head may have more rows (padding)
     dtype: torch.dtype                  # of the computation; parameters that learn are float32
     device: torch.device                # of the computation
-    generation_config: GenerationConfig  # as found in the checkpoint, only kept to be saved again
+    generation_config: GenerationConfig  # as found in the checkpoint, kept to be saved again
     optimizers: tuple = ()
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
     without_adapter: bool = False       # `net` is the student's; this is the model that it was
@@ -115,8 +116,8 @@ def load(path, cfg, learns=False, weights=None):
     config, tok, defaults = read_folder(path)
     quantised = getattr(config, "quantization_config", None)
     if learns and quantised:
-        fail(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank if memory is "
-             "short (quantised --teachers are fine)")
+        fail(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank if "
+             "memory is short (quantised --teachers are fine)")
     swapped, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
     if not learns:
         swapped = cfg.teacher_device == "swap" and not cfg.dry_run
@@ -126,33 +127,54 @@ def load(path, cfg, learns=False, weights=None):
     kept = torch.float32 if learns and not lora else dtype
     with reading(path):
         net = (fake_net(config, kept) if cfg.dry_run else
-               read_net((not lora and weights) or path, kept, device if quantised else None))
+               read_net(path if lora else weights or path, kept, device if quantised else None))
     if not (cfg.dry_run or quantised or swapped):
         net.to(device)
     net.eval().requires_grad_(learns and not lora)
     # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
     net.generation_config = GenerationConfig()
-    if kept != torch.float32:
-        for parameter in net.parameters():
-            if parameter.ndim < 2 and not quantised:
-                parameter.data = parameter.data.float()
-        net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
+    compute_alike(net, kept, dtype, quantised)
     if swapped and device.type == "cuda":
         for x in (*net.parameters(), *net.buffers()):
             x.data = x.data.pin_memory()
+    check_head(path, net)
+    # Gemma 3's tokenizer has an image token more than its text models have rows.
+    vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
     eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
-    stops = {tok.eos_token_id, end_of_turn(tok), *eos} - {None}
-    model = Model(path, net, tok, sorted(stops), max(tok.get_vocab().values()) + 1, dtype, device, defaults,
-                  swapped=swapped)
-    with model.present():
-        check_head(model)
-        if not cfg.dry_run:
-            check_forward(model)
+    stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
+    model = Model(path, net, tok, sorted(stops), vocab, dtype, device, defaults, swapped=swapped)
     if lora:
-        model.adapter = add_adapter(net, cfg, weights)
+        model.adapter = add_adapter(model, cfg, weights)
+    if not cfg.dry_run:
+        with model.present():
+            check_forward(model)
     if learns and cfg.gradient_checkpointing:
         recompute_layers(model)
     return model
+
+
+def compute_alike(net, kept, dtype, quantised):
+    """Make networks kept in float32 and in `dtype` compute the same: norms and residual stream are float32.
+
+    Autocast does the rest, but for experts that grouped_mm multiplies: those run as they are kept.
+    """
+    if dtype == torch.float32:
+        return
+    for module in net.modules():
+        if isinstance(module, torch.nn.Embedding) and torch.is_tensor(getattr(module, "embed_scale", None)):
+            module.register_forward_hook(functools.partial(scaled_once, dtype=dtype))       # Gemma 3 and 4
+    if kept == torch.float32:
+        return
+    for parameter in net.parameters():
+        if parameter.ndim < 2 and not quantised:
+            parameter.data = parameter.data.float()
+    net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
+
+
+def scaled_once(module, inputs, out, dtype):
+    """An embedding times its scale as the models were trained: the scale rounded, the product not."""
+    embedded = torch.nn.functional.embedding(inputs[0], module.weight)
+    return embedded.float() * module.embed_scale.to(dtype).float()
 
 
 def read_folder(path):
@@ -160,7 +182,7 @@ def read_folder(path):
     local = Path(path)
     if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
         fail(f"cannot load {path}: no such folder, and not a hub id")
-    if (local / "adapter_config.json").exists() and not (local / "config.json").exists():
+    if (local / "adapter_config.json").exists():
         fail(f"{path} is an adapter; give a merged model, as a run's final/ is")
     if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
         fail(f"cannot load {path}: no tokenizer in this folder"
@@ -170,6 +192,8 @@ def read_folder(path):
         try:
             defaults = GenerationConfig.from_pretrained(path)
         except OSError:                                         # many checkpoints have none
+            if (local / "generation_config.json").exists():
+                raise
             defaults = GenerationConfig.from_model_config(config)
     if tok.eos_token_id is None:
         fail(f"{path}: the tokenizer has no EOS token, so a completion could never end")
@@ -210,26 +234,30 @@ def fake_net(config, dtype):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def add_adapter(net, cfg, weights):
-    """A LoRA adapter on every linear layer but the head: a new one that changes nothing yet, or a saved one."""
+def add_adapter(model, cfg, weights):
+    """A LoRA adapter on every linear layer but the head: a saved one, or one that changes nothing yet."""
     try:
         import peft
     except ImportError:
         fail("--lora_rank needs peft: pip install peft")
-    with reading(weights or cfg.student), warnings.catch_warnings():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+                             target_modules="all-linear")
+    torch.manual_seed(cfg.seed)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)          # peft calls what transformers has renamed
         if weights:
-            return peft.PeftModel.from_pretrained(net, weights, is_trainable=True)
-        torch.manual_seed(cfg.seed)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
-                                 target_modules="all-linear")
-        adapter = peft.get_peft_model(net, config, low_cpu_mem_usage=cfg.dry_run)
-        for module in net.modules() if cfg.dry_run else ():     # peft makes meta tensors, the others are fake
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    with fake_mode():
-                        setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
-        return adapter
+            with reading(weights):
+                return peft.PeftModel.from_pretrained(model.net, weights, is_trainable=True)
+        try:
+            adapter = peft.get_peft_model(model.net, config, low_cpu_mem_usage=cfg.dry_run)
+        except ValueError as error:                             # layers that read their weights by name, say
+            fail(f"--lora_rank: peft cannot adapt {type(model.net).__name__}: {str(error).splitlines()[0]}")
+    for module in model.net.modules() if cfg.dry_run else ():   # peft makes meta tensors, the others are fake
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                with fake_mode():
+                    setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+    return adapter
 
 
 def without_adapter(student):
@@ -258,22 +286,19 @@ def recompute_layers(model):
 
 # ---- check -------------------------------------------------------------------------------------------------
 
-def check_head(model):
-    """The head must be a matrix with a row for every token id."""
-    head, kind = model.net.get_output_embeddings(), type(model.net).__name__
-    rows = getattr(head, "out_features", 0)
-    if not isinstance(head, torch.nn.Linear) or head.weight.shape != (rows, head.in_features):
-        fail(f"{model.path}: the output head of {kind} is not a plain matrix, which is not supported")
-    if model.vocab > rows:
-        fail(f"{model.path}: the tokenizer has {model.vocab} ids, the model only {rows} rows")
+def check_head(path, net):
+    """The output head must be a matrix."""
+    head = net.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
+        fail(f"{path}: the output head of {type(net).__name__} is not a plain matrix, which is not supported")
 
 
 @torch.no_grad()
 def check_forward(model):
     """Refuse a model whose logits are not what the loss will compute from `hidden`, head and softcap.
 
-    What goes into the head must be the last hidden states, and what comes out of the model the transforms that
-    are known here, tried on a probe in place of the head's output. And a token must not see the ones after it.
+    What goes into the head must be the last hidden states, and what comes out of the model the transforms
+    that are known here, tried on a probe in place of the head's output. And no token may see a later one.
     """
     net, head, seen, kind = model.net, model.net.get_output_embeddings(), {}, type(model.net).__name__
     ids_BT = torch.arange(8, device=model.device)[None] % model.vocab
@@ -289,7 +314,9 @@ def check_forward(model):
             hidden_BTH, changed_BTH = (model.body(ids, use_cache=False).last_hidden_state.float()
                                        for ids in (ids_BT, ids_BT.index_fill(1, ids_BT[0, -1:] * 0 + 7, 0)))
             theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                  # every network can fail in its own way
         fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
              f"{str(error).splitlines()[0]}")
     finally:
@@ -298,6 +325,8 @@ def check_forward(model):
     if model.softcap:
         ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
     close = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=5e-3, atol=1e-3)      # bf16 logits
+    if not hidden_BTH.isfinite().all():
+        fail(f"{model.path}: {kind} computes what is not a number: its weights are broken")
     if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
         fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
              "logit_scale, logits_scaling or final_logit_softcapping")
@@ -305,11 +334,11 @@ def check_forward(model):
         fail(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
 
 
-def check_same_tokens(student, teacher):
+def share_tokens(student, teacher):
     """Token ids must mean the same in both models: distillation compares distributions id by id.
 
-    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
-    renormalised over the shared ids.
+    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): from here on it has the
+    student's, and its distribution is renormalised over them.
     """
     ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
     more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
@@ -322,10 +351,11 @@ def check_same_tokens(student, teacher):
     if more:
         tqdm.write(f"note: {teacher.path} has {len(more)} tokens that the student lacks "
                    f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")
+    student.vocab = teacher.vocab = min(student.vocab, teacher.vocab)
 
 
 def share_stops(student, teacher):
-    """A student ends where its teacher would, and says so in its generation config when it is saved.
+    """A student ends where its teacher would.
 
     A base model has never seen the end-of-turn token of its chat-tuned teacher; it learns the token from the
     teacher, and would write on after it.
@@ -333,20 +363,22 @@ def share_stops(student, teacher):
     new = [i for i in teacher.stops if i < student.vocab and i not in student.stops]
     if new:
         student.stops = sorted(student.stops + new)
-        student.generation_config.eos_token_id = student.stops
-        tqdm.write(f"note: the student now also stops at {', '.join(map(repr, map(teacher.tok.decode, new)))}, "
+        tqdm.write(f"note: the student also stops at {', '.join(repr(teacher.tok.decode(i)) for i in new)}, "
                    f"where {teacher.path} ends its texts")
 
 
 # ---- save --------------------------------------------------------------------------------------------------
 
 def save_model(model, folder):
-    """save_pretrained: the adapter in peft's format, or the model with the generation defaults it came with."""
+    """save_pretrained: the adapter in peft's format, or the model, to stop where it did here.
+
+    The other generation defaults are those that the model came with.
+    """
     if model.adapter:
         return model.adapter.save_pretrained(folder, save_embedding_layers=False)
-    ours, model.net.generation_config = model.net.generation_config, model.generation_config
     model.net.save_pretrained(folder)
-    model.net.generation_config = ours
+    model.generation_config.eos_token_id = model.stops if len(model.stops) > 1 else model.stops[0]
+    model.generation_config.to_json_file(folder / "generation_config.json")     # as it came, valid or not
 
 
 def merge(model):

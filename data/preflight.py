@@ -1,9 +1,9 @@
 """The preflight of --dry_run: what a run would do and need, from configs, tokenizers and prompts alone.
 
 Everything that takes no weights is the run's own code: prompts are read, rendered and checked, tokenizers
-compared, flags completed. Memory is counted on fake tensors, which have shapes but no contents: the model's own
-forward and backward pass for one micro-batch, every tensor from its creation to its end (Live). What the model does
-not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
+compared, flags completed. Memory is counted on fake tensors, which have shapes but no contents: the model's
+own forward and backward pass for one micro-batch, every tensor from its creation to its end (Live). What the
+model does not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
 """
 import functools
 import weakref
@@ -55,6 +55,7 @@ def show(run):
     """Print the preflight of a Run whose networks are fake."""
     for part in (about_models, about_tokens, about_prompts, about_steps, about_memory):
         part(run)
+    print("not looked at: the weights, and what shows only when they compute")
 
 
 def distinct(run):
@@ -66,9 +67,9 @@ def about_models(run):
     for role, model in [("student", run.student), *(("teacher", teacher) for teacher in distinct(run))]:
         count = sum(p.numel() for p in model.net.parameters()) / 1e9
         learns = sum(p.numel() for p in model.net.parameters() if p.requires_grad) / 1e9
-        what = ("the student without its adapter" if model.without_adapter else f"{count:.3f} B parameters"
-                + f", of which {learns:.3f} B learn" * (model is run.student) + f", {run.cfg.dtype}")
-        print(f"{role}  {model.path}: {type(model.net).__name__}, {what}")
+        what = ("the student without its adapter" if model.without_adapter else
+                f"{count:.3f} B parameters" + f", of which {learns:.3f} B learn" * (model is run.student))
+        print(f"{role}  {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
 
 
 def about_tokens(run):
@@ -78,23 +79,24 @@ def about_tokens(run):
     pad = "none" if tok.pad_token_id is None else names([tok.pad_token_id])
     print(f"padding  is known from lengths; the tokenizer's pad token, {pad}, plays no role")
     for model in [run.student, *distinct(run)]:
-        rows = model.net.get_output_embeddings().out_features
-        print(f"ids      {model.path}: {model.vocab:,} in the tokenizer, {rows:,} rows in the head; "
+        print(f"ids      {model.path}: {len(model.tok.get_vocab()):,} in the tokenizer, "
+              f"{len(model.net.get_output_embeddings().weight):,} rows in the head; the first "
               f"{run.student.vocab:,} are shared, the other rows have no probability")
 
 
 def about_prompts(run):
     """The first prompt of every branch as both models see it, and where the loss begins and ends."""
+    kwargs, student = run.cfg.chat_template_kwargs, run.student
     for branch, rows in run.prompts.items():
-        row, student, teacher, kwargs = rows[0], run.student, run.teachers.get(branch), run.cfg.chat_template_kwargs
+        row, teacher = rows[0], run.teachers.get(branch)
         seen = encode_prompt(student.tok, row["prompt"], kwargs)
-        print(f"\nthe first of {len(rows):,} prompts of {branch!r}, as the student sees it, {len(seen)} tokens:\n"
-              f"  {student.tok.decode(seen)!r}")
+        print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens",
+              f"  {student.tok.decode(seen)!r}", sep="\n")
         if teacher:
             theirs = encode_prompt(teacher.tok, row["prompt"], kwargs)
             print("the teacher sees the same tokens" if theirs == seen else
                   f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
-        *answer, stop = encode_completion(student.tok, row.get("solution") or "")
+        *answer, stop = encode_completion(student.tok, row["solution"] if run.method.solutions else "")
         token = lambda loss, i: f"  {loss:6}{i:<9}{student.tok.decode(i)!r}"
         print(f"and where the loss is{', with its solution for a completion' if answer else ''}:",
               "  loss  id       token", "  ..", *(token("no", i) for i in seen[-3:]),
@@ -103,17 +105,20 @@ def about_prompts(run):
 
 def about_steps(run):
     cfg = run.cfg
-    print(f"\nsteps    {cfg.steps} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} prompts (at most "
-          f"{run.longest} tokens) with {cfg.rollouts} completion(s) (at most {cfg.max_new_tokens})")
+    print(f"\nsteps    {cfg.steps} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} "
+          f"prompts (at most {run.longest_prompt} tokens) with {cfg.rollouts} completion(s) (at most "
+          f"{run.longest_completion})")
+    mixed = " if every step takes all branches" * (len(run.shares) > 1)
     for branch, count in run.shares.items():
-        print(f"         {branch}: {count * cfg.steps / len(run.prompts[branch]):.2f} epochs of "
-              f"{len(run.prompts[branch]):,} prompts" + " if every step takes all branches" * (len(run.shares) > 1))
+        rows = len(run.prompts[branch])
+        print(f"         {branch}: {count * cfg.steps / rows:.2f} epochs of {rows:,} prompts{mixed}")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
 
 def about_memory(run):
-    print(f"\n{f'memory on {run.cfg.device}, GiB, predicted':50}" + "".join(f"{phase:>9}" for phase in PHASES))
+    title = f"memory on {run.cfg.device}, GiB, predicted"
+    print(f"\n{title:50}" + "".join(f"{phase:>9}" for phase in PHASES))
     parts, sums = memory(run), Counter()
     gib = lambda size: f"{'?':>9}" if size == UNKNOWN else f"{size / 2**30:9.2f}" if size else f"{'-':>9}"
     for name, sizes in parts.items():
@@ -129,28 +134,39 @@ def about_memory(run):
 
 
 def memory(run):
-    """{part: {phase: bytes}} on the student's device; for prompts and completions of full length."""
+    """{part: {phase: bytes}} on the student's device, where prompts and completions have their full length.
+
+    The phases are the loop's; evaluation belongs to "sample". The student samples: the larger cache of a
+    teacher that writes (seqkd) is not counted.
+    """
     cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
-    half, sequences, length = cfg.dtype == "bfloat16", cfg.batch * cfg.rollouts, run.longest + cfg.max_new_tokens
-    micro, sampled = max(1, min(sequences, cfg.micro_tokens // length)), min(sequences, cfg.sample_batch)
+    on_cpu, sequences = cfg.device == "cpu", cfg.batch * cfg.rollouts
+    length = run.longest_prompt + run.longest_completion
+    micro = max(1, min(sequences, cfg.micro_tokens // length))
+    here = cfg.teacher_device != "cpu" or on_cpu
     always = lambda size: dict.fromkeys(PHASES, size)
     parts = {"student's weights": always(weight_bytes(student))}
-    for teacher in teachers if cfg.teacher_device != "cpu" or cfg.device == "cpu" else []:
+    for teacher in teachers if here else []:
         size = weight_bytes(teacher)
-        parts[f"weights of {teacher.path}"[:48]] = {"score": size} if cfg.teacher_device == "swap" else always(size)
-    parts["optimizer"] = always(sum(4 * STATES[type(optimizer)] * p.numel() for optimizer in student.optimizers
-                                    for group in optimizer.param_groups for p in group["params"]))
+        parts[f"weights of {teacher.path}"[:48]] = ({"score": size} if cfg.teacher_device == "swap" else
+                                                    always(size))
+    parts["optimizer"] = always(sum(
+        4 * STATES[type(optimizer)] * p.numel() for optimizer in student.optimizers
+        for group in optimizer.param_groups for p in group["params"]))
     parts["gradients"] = {"update": sum(p.nbytes for p in student.net.parameters() if p.requires_grad)}
-    if run.method.samples:
-        parts[f"sampling {sampled} x {length:,} tokens"] = {"sample": sampling_bytes(student, sampled, run.longest,
-                                                                                    length)}
-    read = [forward_bytes(model, micro, length) for model in distinct(run)]
+    written = max([sequences * run.method.samples,
+                   *(len(rows) * cfg.eval_rollouts for rows in run.evals.values())])
+    if sampled := min(written, cfg.sample_batch):
+        parts[f"sampling {sampled} x {length:,} tokens"] = {
+            "sample": sampling_bytes(student, sampled, run.longest_prompt, length)}
+    reading = [student, *(distinct(run) if here else [])] if run.teachers else []
+    read = [forward_bytes(model, micro, length) for model in reading]
     parts[f"{micro} x {length:,} tokens through the layers"] = {
         "score": UNKNOWN if UNKNOWN in read else max(read, default=0),
         "update": update_bytes(student, micro, length, sequences > micro)}
-    tokens = micro * cfg.max_new_tokens
+    tokens = micro * run.longest_completion
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
-    parts["logits of the fused loss"] = always(buffers) if cfg.device == "cpu" else {"update": buffers}
+    parts["logits of the fused loss"] = always(buffers) if on_cpu else dict.fromkeys(PHASES[1:], buffers)
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
     return parts
 
@@ -180,14 +196,14 @@ def simulation(bytes_of):
 
 @simulation
 def sampling_bytes(model, sequences, prompt, length):
-    """The KV cache at its full length, one layer's twice as it grows, logits, bfloat16 copies of the weights."""
+    """The KV cache at full length, a layer's twice as it grows, logits, bfloat16 copies of the weights."""
     with fake_mode(), torch.no_grad(), Live(tensors(model)) as live, model.running():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
     layers = [vars(layer) for layer in (getattr(out, "cache", None) or out.past_key_values).layers]
     grows = [layer[name].nbytes / prompt for layer in layers for name in ("keys", "values") if name in layer]
-    fixed = sum(x.nbytes for layer in layers for name, state in layer.items() if name not in ("keys", "values")
-                for x in tree_leaves(state) if isinstance(x, torch.Tensor))     # linear attention's
+    fixed = sum(x.nbytes for layer in layers for name, state in layer.items()       # linear attention's
+                if name not in ("keys", "values") for x in tree_leaves(state) if isinstance(x, torch.Tensor))
     grown = fixed + length * (sum(grows) + 2 * max(grows, default=0))
     logits = SAMPLED_LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
     return int(max(started, grown + casts + logits))
@@ -209,7 +225,7 @@ def forward_bytes(model, sequences, length):
 
 @simulation
 def update_bytes(model, sequences, length, again):
-    """The peak of forward and backward beside the gradients; `again`: they are there from a micro-batch before."""
+    """The peak of forward and backward beside the gradients; `again`: they are there from one before."""
     parameters = [p for p in model.net.parameters() if p.requires_grad]
     with fake_mode(), Live(tensors(model)) as live:
         for _ in range(2 if again else 1):
@@ -230,11 +246,12 @@ def buffer_bytes(run, tokens):
 
 
 def loss_bytes(run, tokens, teachers):
-    """What the fused loss holds besides: the head's gradient, a head in bfloat16, states and their gradient."""
+    """What the fused loss holds besides: the head's gradient, its bfloat16 copy, states, their gradient."""
     head_VH, size = run.student.net.get_output_embeddings().weight, run.student.dtype.itemsize
     out = 3 * tokens * head_VH.shape[1] * size
-    if head_VH.requires_grad:
-        out += 4 * head_VH.numel() + (head_VH.numel() * size if size < 4 else 0)
+    if head_VH.requires_grad:                                   # its gradient is scaled, on a GPU into a copy
+        out += 4 * head_VH.numel() * (1 if run.cfg.device == "cpu" else 2)
+        out += head_VH.numel() * size if size < 4 else 0
     heads = [t.net.get_output_embeddings().weight for t in teachers] if run.objective.divergence else []
-    away = run.cfg.teacher_device == "swap"                     # its head comes alone
+    away = run.cfg.teacher_device != run.cfg.device.split(":")[0]       # its head comes alone
     return out + max([tokens * w.shape[1] * size + (w.nbytes if away else 0) for w in heads], default=0)

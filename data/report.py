@@ -55,8 +55,8 @@ def write_run(out):
         facts += [f"mean gap {sample['gap']:+.2f}"] if sample["gap"] is not None else []
         facts += [f"reward {sample['reward']:g}"] if sample["reward"] is not None else []
         facts += [] if sample["selected"] else ["not selected"]
-        lines += [", ".join(facts) + ":", "", textwrap.indent(sample["prompt"][-400:], "    "), "", "gets", "",
-                  textwrap.indent(sample["completion"][:800] or "(nothing)", "    ", lambda line: True), ""]
+        lines += [", ".join(facts) + ":", "", indented(sample["prompt"][-400:]), "", "gets", "",
+                  indented(sample["completion"][:800] or "(nothing)"), ""]
     settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
     lines += ["## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
               ", ".join(f"{package} {version}" for package, version in config["versions"].items())]
@@ -65,15 +65,21 @@ def write_run(out):
         draw_run(plt, steps, evals, out / "curves.png")
 
 
+def indented(text):
+    """A code block in Markdown, whatever the text holds."""
+    return textwrap.indent("\n".join(text.splitlines()), "    ", lambda line: True)
+
+
 def about_run(config, steps):
     """One paragraph: how much, how long, where the time went, how much memory."""
     parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in steps[-1]["seconds"]}
     total = max(sum(parts.values()), 1e-9)
     memory = " ".join(f"{name} {max(s['memory_gib_by_part'].get(name, 0) for s in steps):.1f}"
                       for name in steps[-1].get("memory_gib_by_part", {}))
-    return (f"{len(steps)} steps with {steps[-1]['sampled_tokens']:,} sampled tokens in {total / 60:.1f} minutes ("
-            + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
-            + f"); peak memory {max(s['memory_gib'] for s in steps):.1f} GiB" + f" ({memory})" * bool(memory)
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
+    tokens, peak = steps[-1]["sampled_tokens"], max(s["memory_gib"] for s in steps)
+    return (f"{len(steps)} steps with {tokens:,} sampled tokens in {total / 60:.1f} minutes ({shares}); "
+            f"peak memory {peak:.1f} GiB" + f" ({memory})" * bool(memory)
             + f". {config['device_name']}, {config['dtype']}, seed {config['seed']}, {config['started']}.")
 
 
@@ -101,7 +107,8 @@ def change_table(steps):
     for key, (title, unit) in CHANGES.items():
         ends = [[s[key] for s in part if key in s] for part in (steps[:tenth], steps[-tenth:])]
         if all(ends):
-            table += [f"| {title} | " + " | ".join(f"{unit * statistics.mean(end):.3g}" for end in ends) + " |"]
+            first, last = (f"{unit * statistics.mean(end):.3g}" for end in ends)
+            table += [f"| {title} | {first} | {last} |"]
     return table
 
 
@@ -124,14 +131,16 @@ def smooth(values, window):
 
 def draw_run(plt, steps, evals, path):
     """Every step pale, a moving mean over it strong; one colour per branch, one line style per quantity."""
-    panels = [("divergence, nats per token", {"value": ""}, 1), ("gap, nats", {"gap": "mean", "abs_gap": "size"}, 1),
+    panels = [("divergence, nats per token", {"value": ""}, 1),
+              ("gap, nats", {"gap": "mean", "abs_gap": "size"}, 1),
               ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
-              ("-log p(y), nats per token", {"logprob_s": ""}, -1), ("completion length, tokens", {"length": ""}, 1),
+              ("-log p(y), nats per token", {"logprob_s": ""}, -1),
+              ("completion length, tokens", {"length": ""}, 1),
               ("accuracy of the rollouts, %", {"reward": ""}, 100)]
     panels = [panel for panel in panels if any(series(steps, key) for key in panel[1])]
     if any(title.startswith("divergence") for title, *_ in panels):
         panels = [panel for panel in panels if "log p(y)" not in panel[0]]
-    count = len(panels) + bool(evals) + 1
+    count = len(panels) + bool(evals) + bool(names := list(steps[-1]["seconds"]))
     columns = min(count, 3) if count <= 6 else 4
     figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
                                 figsize=(3.6 * columns, 2.7 * -(-count // columns)))
@@ -156,12 +165,13 @@ def draw_run(plt, steps, evals, path):
             axis.plot(*zip(*points), marker="o", markersize=3, label=name)
         axis.set(title="accuracy in evaluation, %", ylim=(-3, 103))
         axis.legend(fontsize=7)
-    names = list(steps[-1]["seconds"])
-    axes[count - 1].stackplot([s["step"] + 1 for s in steps],
-                              [smooth([s["seconds"].get(name, 0) for s in steps], window) for name in names],
-                              labels=names, alpha=0.7)
-    axes[count - 1].set_title("seconds per step")
-    axes[count - 1].legend(fontsize=7)
+    if names:
+        axis = axes[count - 1]
+        axis.stackplot([s["step"] + 1 for s in steps],
+                       [smooth([s["seconds"].get(name, 0) for s in steps], window) for name in names],
+                       labels=names, alpha=0.7)
+        axis.set_title("seconds per step")
+        axis.legend(fontsize=7)
     for axis in axes[:count]:
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)

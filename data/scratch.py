@@ -2,11 +2,13 @@
 
     python -m data.scratch OUT --text prompts.jsonl --vocab 8192 --hidden 512 --layers 8
 
-writes a Qwen3-architecture model with random weights and a byte-level BPE tokenizer trained on the prompts and
-solutions of prompt files (data/chat.py), with Qwen's special tokens, a ChatML template with a thinking switch, and a
-head of more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes another checkpoint's instead.
+writes a Qwen3-architecture model with random weights and a byte-level BPE tokenizer trained on the prompts
+and solutions of prompt files (data/chat.py), with Qwen's special tokens, a ChatML template with a thinking
+switch, and a head of more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes another
+checkpoint's instead.
 """
 import argparse
+from pathlib import Path
 
 from .chat import load_prompts, messages
 
@@ -37,9 +39,9 @@ def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
     heads, stops = max(hidden // 64, 1), [tok.eos_token_id, tok.pad_token_id]
     net = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tok) + pad_vocab, hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads if heads % 2 else heads // 2,
-        head_dim=hidden // heads, max_position_embeddings=positions, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=stops[0], pad_token_id=stops[1]))
+        num_hidden_layers=layers, num_attention_heads=heads, head_dim=hidden // heads,
+        num_key_value_heads=heads if heads % 2 else heads // 2, max_position_embeddings=positions,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=stops[0], pad_token_id=stops[1]))
     net.generation_config.update(eos_token_id=stops, do_sample=True, top_k=20, top_p=0.95, temperature=0.6)
     return net
 
@@ -62,10 +64,19 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if Path(args.out).exists():
+        parser.error(f"{args.out} exists; choose another folder")
+    if not args.tokenizer and not args.text:
+        parser.error("give --text, or the --tokenizer of a checkpoint")
+    if args.hidden < 64 or args.hidden % 64 or min(args.layers, args.vocab, args.pad_vocab + 1) < 1:
+        parser.error("--hidden is a multiple of 64; --layers and --vocab are at least 1, --pad_vocab 0")
     if args.tokenizer:
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(args.tokenizer)
     else:
-        tok = tokenizer([text for path in args.text for text in texts(path)], args.vocab)
+        try:
+            tok = tokenizer([text for path in args.text for text in texts(path)], args.vocab)
+        except ValueError as error:
+            parser.error(str(error))
     tok.save_pretrained(args.out)
     model(tok, args.seed, args.hidden, args.layers, args.pad_vocab).save_pretrained(args.out)

@@ -1,4 +1,4 @@
-"""Steps of real architectures with random weights: seconds, and memory by part beside what --dry_run predicts.
+"""Steps of real architectures with random weights: seconds, and memory by part beside its prediction.
 
     python tests/real_size.py OUT               Qwen3-4B teaches Qwen3-0.6B, and itself with LoRA; needs a GPU
     python tests/real_size.py OUT --device cpu  the same in small: does it run?
@@ -35,7 +35,7 @@ ROWS = {  # name -> (student, teacher, flags); two models per size, so that only
 
 
 def write_models(folder, sizes, ids, rows, device):
-    """Folders student and teacher, with a tokenizer of `ids` ids, a letter each, and a head of `rows` rows."""
+    """Folders student and teacher: a tokenizer of `ids` ids, a letter each, and heads of `rows` rows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     known = [*scratch.SPECIAL, *map(chr, range(32, 127)), "\n"]
     words = known + [f"token{i}" for i in range(ids - len(known))]
@@ -51,6 +51,9 @@ def write_models(folder, sizes, ids, rows, device):
             net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         net.save_pretrained(folder / name)
         tok.save_pretrained(folder / name)
+        del net
+    if device == "cuda":
+        torch.cuda.empty_cache()                # the runs are processes of their own
 
 
 def measure(folder, name, student, teacher, flags):
@@ -59,7 +62,8 @@ def measure(folder, name, student, teacher, flags):
     argv = ["--student", str(folder / student), "--teachers", str(folder / teacher),
             "--prompts", str(folder / "prompts.jsonl"), *flags]
     parts = preflight.memory(opd.Run(opd.configure([*argv, "--dry_run"])))
-    predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) / 2**30 for phase in preflight.PHASES}
+    predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) / 2**30
+                 for phase in preflight.PHASES}
     subprocess.run([sys.executable, str(ROOT / "opd.py"), *argv, "--out", str(out)], check=True)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return {"row": name, "predicted_gib": predicted, "measured_gib": last.get("memory_gib_by_part", {}),
@@ -71,8 +75,8 @@ def table(rows):
              *(f"{phase} GiB: predicted / measured" for phase in preflight.PHASES)]
     lines = ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
     for row in rows:
-        gib = [f"{row['predicted_gib'][p]:.1f} / " + (f"{row['measured_gib'][p]:.1f}" if p in row["measured_gib"]
-                                                      else "not run") for p in preflight.PHASES]
+        measured = {p: f"{gib:.1f}" for p, gib in row["measured_gib"].items()}
+        gib = [f"{row['predicted_gib'][p]:.1f} / {measured.get(p, 'not run')}" for p in preflight.PHASES]
         cells = [row["row"], *(f"{row['seconds'][phase]:.1f}" for phase in preflight.PHASES),
                  f"{row['tokens'] / row['seconds']['sample']:.0f}", *gib]
         lines.append("| " + " | ".join(cells) + " |")
@@ -80,27 +84,30 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    common = ["--device", args.device, "--dtype", "bfloat16", "--steps", "3"]
-    common += ["--batch", "32", "--max_new_tokens", "512"] if on_gpu else ["--batch", "4", "--max_new_tokens", "16"]
+    batch, tokens = ("32", "512") if on_gpu else ("4", "16")
+    common = ["--device", args.device, "--dtype", "bfloat16", "--steps", "3", "--batch", batch,
+              "--max_new_tokens", tokens]
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch_folder:
         folder, rng, results = Path(scratch_folder), random.Random(0), []
         sizes = dict(student="0.6B", teacher="4B") if on_gpu else dict(student="small", teacher="small")
         write_models(folder, sizes, *((151_669, 151_936) if on_gpu else (300, 320)), args.device)
         (folder / "prompts.jsonl").write_text("".join(json.dumps(
-            {"prompt": "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=128))}) + "\n" for _ in range(64)))
+            {"prompt": "".join(rng.choices("abcdefghij ", k=128))}) + "\n" for _ in range(64)))
         for name, (student, teacher, flags) in ROWS.items():
-            if "swap" in flags and not on_gpu or "--lora_rank" in flags and not importlib.util.find_spec("peft"):
+            no_peft = "--lora_rank" in flags and not importlib.util.find_spec("peft")
+            if no_peft or "swap" in flags and not on_gpu:
                 print(f"{name}: not run")
                 continue
             results.append(measure(folder, name, student, teacher, common + flags))
             device = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
-            text = (f"{' taught by '.join(f'Qwen3 {size}' for size in sizes.values())}, random weights, {device}, "
+            text = (f"Qwen3 {sizes['teacher']} teaches {sizes['student']}, random weights, {device}, "
                     f"torch {torch.__version__}, {' '.join(common)}\n\n{table(results)}\n")
             (args.out / "real_size.md").write_text(text)
             (args.out / "real_size.json").write_text(json.dumps(

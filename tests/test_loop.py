@@ -43,18 +43,20 @@ def accumulate(run, jobs):
     return sum(opd.backward(job, w, run.cfg)[0] for job, w in zip(jobs, weights))
 
 
+def on_whole_logits(run, r):
+    """log p and log q [T, V] at every token of a rollout, from the logits of transformers itself."""
+    prompt = run.student.tok(r.prompt["prompt"]).input_ids
+    ids_BT = torch.cat([torch.tensor(prompt), r.ids_T])[None]
+    at = slice(len(prompt) - 1, ids_BT.shape[1] - 1)             # position t predicts token t + 1
+    lp, lq = (torch.log_softmax(model.net(ids_BT).logits[0, at, :run.student.vocab], -1)
+              for model in (run.student, run.teacher))
+    return lp, lq.detach()
+
+
 def by_hand(run, job, selection, divergence):
     """A Job's loss by autograd, one rollout at a time, on whole logits: mean over rollouts of token means."""
-    total = 0.0
-    for r, keep in zip(job.rollouts, selection):
-        prompt = run.student.tok(r.prompt["prompt"]).input_ids
-        ids_BT = torch.cat([torch.tensor(prompt), r.ids_T])[None]
-        at = slice(len(prompt) - 1, ids_BT.shape[1] - 1)         # position t predicts token t + 1
-        lp = torch.log_softmax(run.student.net(ids_BT).logits[0, at, :run.student.vocab], -1)
-        with torch.no_grad():
-            lq = torch.log_softmax(run.teacher.net(ids_BT).logits[0, at, :run.student.vocab], -1)
-        total = total + keep * divergence(lp, lq, r).mean() / sum(k != 0 for k in selection)
-    return total
+    return sum(keep * divergence(*on_whole_logits(run, r), r).mean() / sum(k != 0 for k in selection)
+               for r, keep in zip(job.rollouts, selection))
 
 
 def pg(lp, lq, r):
@@ -106,6 +108,7 @@ FAMILIES = {                                                     # the head: wha
         num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
         linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
         shared_expert_intermediate_size=16, head_dim=16)}        # experts; linear attention
+EXPERTS = ("Mixtral", "Qwen3Next")
 
 
 def family(name, seed, folder, tok, **more):
@@ -119,14 +122,14 @@ def family(name, seed, folder, tok, **more):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(6 if parameter.ndim == 2 else 1).add_(0.1 * torch.randn_like(parameter))
-            parameter.copy_(parameter.bfloat16())                # as checkpoints are: student and teacher load alike
+            parameter.copy_(parameter.bfloat16())                # as checkpoints are
     net.save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("loss", ["rkl", "nll"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("Mixtral", "Qwen3Next")])   # no float64
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in EXPERTS])        # no float64 there
 def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tmp_path, name, loss):
     """Bias, softcap and logit scale, of student and teacher: against the logits of transformers itself."""
     tok = transformers.AutoTokenizer.from_pretrained(models / "a")
@@ -143,9 +146,10 @@ def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tm
     assert value == pytest.approx(expected.item(), rel=1e-6) and ours.keys() == grads().keys()
     for n, g in grads().items():
         assert (ours[n] - g).abs().max() < 1e-6 * g.abs().max() + 1e-12, n
-    if loss == "nll":                                            # scoring sees the same logits
-        lp = opd.log_probs(run.student, job.rollouts, run.cfg)
-        assert value == pytest.approx(-sum(lp_T.mean().item() for lp_T in lp) / 6, rel=1e-6)
+    opd.score(Job(run.student, run.teacher, job.rollouts, objective, lambda job: [1.0] * 6), run.cfg)
+    for r in job.rollouts:                                       # scoring sees the same logits of both
+        lp_T, lq_T = (logp.gather(1, r.ids_T[:, None])[:, 0] for logp in on_whole_logits(run, r))
+        assert (r.lp_T - lp_T).abs().max() < 1e-5 and (r.gap_T - (lq_T - lp_T)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -156,8 +160,8 @@ def test_other_families_run_from_end_to_end(start, models, tmp_path, name, dtype
     run = start(student=folder, teachers=[folder], dtype=dtype, lr=1e-3, loss="fkl", rollouts=2)
     opd.train(run)
     first, second = metrics(run)
-    exact = dtype == "float32" or "Gemma" not in name and name != "Qwen3Next"   # embeddings scaled in bfloat16; ..
-    assert abs(first["value"]) < (1e-5 if exact else 1e-3) and (first["grad_norm"] < 1e-2 or not exact)
+    exact = dtype == "float32" or name != "Qwen3Next"            # experts: compute_alike
+    assert abs(first["value"]) < (1e-4 if exact else 1e-3) and (first["grad_norm"] < 1e-2 or not exact)
     final = transformers.AutoModelForCausalLM.from_pretrained(run.out / "final", dtype=run.student.dtype)
     assert final.get_output_embeddings() is not None and type(final) is type(run.student.net)
     for (name, ours), (_, theirs) in zip(run.student.net.named_parameters(), final.named_parameters()):
@@ -273,8 +277,8 @@ def test_equal_models_have_no_gap_in_bfloat16(start, models, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     half = AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.bfloat16)
     with torch.no_grad():
-        for parameter in half.parameters():                         # queries and keys are normed in bfloat16 ..
-            parameter.add_(torch.randn_like(parameter) / 4)         # .. unless the norm is float32
+        for parameter in half.parameters():         # queries and keys are normed in bfloat16 ..
+            parameter.add_(torch.randn_like(parameter) / 4)     # .. unless the norm is float32
     half.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(models / "a").save_pretrained(tmp_path / "half")
     run = start(student=tmp_path / "half", teachers=[tmp_path / "half"], loss="pg", dtype="bfloat16", steps=1)

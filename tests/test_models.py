@@ -1,4 +1,4 @@
-"""Real checkpoints: any family, chat format, vocabulary; adapters, recomputed layers, teachers that come and go."""
+"""Real checkpoints: chat formats, vocabularies, adapters, recomputed layers, teachers that come and go."""
 import contextlib
 import json
 import os
@@ -118,7 +118,8 @@ def test_the_end_of_a_turn_is_learned_and_ends_a_completion_even_where_it_is_not
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
     run = begin(student=folder, method="sft", teachers=[])
     turn = tok.convert_tokens_to_ids("<|im_end|>")
-    assert run.student.tok.eos_token_id == run.student.tok.pad_token_id == 0 and run.student.stops == [0, turn]
+    assert run.student.tok.eos_token_id == run.student.tok.pad_token_id == 0
+    assert run.student.stops == [0, turn]
     assert end_of_turn(run.student.tok) == turn == run.references(run.draw())[0].ids_T[-1]
     closed = run.references(run.draw())[:1]
     last = torch.zeros(len(closed[0].ids_T)).index_fill(0, torch.tensor(len(closed[0].ids_T) - 1), 1.0)
@@ -140,17 +141,22 @@ def test_a_base_student_learns_to_stop_where_its_chat_teacher_stops(begin, chat,
     assert run.student.stops == [0, turn]
     opd.train(run)
     assert json.loads((run.out / "final" / "generation_config.json").read_text())["eos_token_id"] == [0, turn]
+    templated = copy(folder, tmp_path / "templated", scratch.CHATML, eos_token="<|endoftext|>")
+    run = begin(student=templated, steps=1)                      # as Qwen3's base models are
+    opd.train(run)
+    assert json.loads((run.out / "final" / "generation_config.json").read_text())["eos_token_id"] == [0, turn]
 
 
 def test_several_turns_system_prompts_and_thinking_render_as_the_template_says(begin, chat, prompts):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is 2 and 3?"}]
-    run = begin(prompts=[prompts("talk", [{"prompt": talk}])], chat_template_kwargs='{"enable_thinking": false}',
-                steps=1)
+    run = begin(prompts=[prompts("talk", [{"prompt": talk}])], steps=1,
+                chat_template_kwargs='{"enable_thinking": false}')
     ids = opd.rollout_prompt(run.student, Rollout({"prompt": talk}, torch.tensor([1])), run.cfg)
     assert run.student.tok.decode(ids) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello."
-        "<|im_end|>\n<|im_start|>user\nWhat is 2 and 3?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "Hello.<|im_end|>\n<|im_start|>user\nWhat is 2 and 3?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n")
     opd.train(run)
 
 
@@ -172,10 +178,30 @@ def test_a_teacher_may_know_more_tokens_and_the_student_may_not(begin, chat, tmp
     tok.save_pretrained(folder)
     run = begin(teachers=[folder], loss="fkl")
     assert "1 tokens that the student lacks (<tool>)" in capsys.readouterr().out
-    assert run.teacher.vocab == run.student.vocab + 1
+    opd.train(run)
+    run = begin(teachers=[folder], method="seqkd")               # the teacher writes, in the student's tokens
+    with torch.no_grad():
+        run.teacher.head_VH[run.student.vocab] = 100 * run.teacher.head_VH[run.student.vocab - 1]
     opd.train(run)
     with pytest.raises(SystemExit, match="'<tool>': .* / None"):
         begin(student=folder, teachers=[chat / "teacher"])
+
+
+def test_a_tokenizer_may_have_an_id_without_a_row_unless_a_prompt_uses_it(begin, chat, prompts, tmp_path):
+    """Gemma 3's text models lack the row of its tokenizer's image token."""
+    folders = [shutil.copytree(chat / name, tmp_path / name) for name in ("student", "teacher")]
+    for folder in folders:
+        tok = AutoTokenizer.from_pretrained(folder)
+        net = AutoModelForCausalLM.from_pretrained(folder)
+        net.resize_token_embeddings(len(tok))
+        net.save_pretrained(folder)
+        tok.add_tokens(["<image>"])
+        tok.save_pretrained(folder)
+    run = begin(student=folders[0], teachers=[folders[1]])
+    assert run.student.vocab == len(tok) - 1
+    opd.train(run)
+    with pytest.raises(SystemExit, match="late.jsonl:1 has the token '<image>'.*has no row"):
+        begin(student=folders[0], teachers=[folders[1]], prompts=[prompts("late", [{"prompt": "<image> a"}])])
 
 
 # ---- refused by name ---------------------------------------------------------------------------------------
@@ -199,9 +225,17 @@ def quantised(folder, tok):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def broken(folder, tok):
+    net = small_world.model(len(tok), 0, 32, 1)
+    with torch.no_grad():
+        net.model.norm.weight[0] = torch.nan
+    net.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("make, expected", [
     (bidirectional, "in BertGenerationDecoder a token sees the ones after it"),
-    (encoder_decoder, "Unrecognized configuration class"), (quantised, "is quantised and cannot learn")])
+    (encoder_decoder, "Unrecognized configuration class"), (quantised, "is quantised and cannot learn"),
+    (broken, "its weights are broken")])
 def test_models_that_cannot_be_students_are_refused_by_name(argv, models, tmp_path, make, expected):
     tok = AutoTokenizer.from_pretrained(models / "a")
     make(tmp_path / "m", tok)
@@ -405,8 +439,9 @@ def test_a_teacher_elsewhere_teaches_the_same_on_a_gpu(begin, where):
 
 # ---- the preflight -----------------------------------------------------------------------------------------
 
-MEMORY = [dict(), dict(gradient_checkpointing=True), dict(lora_rank=4), dict(loss="nll", method="sft"),
-          dict(optimizer="muon"), dict(micro_tokens=10_000)]
+MEMORY = [dict(), dict(gradient_checkpointing=True), dict(dtype="bfloat16"), dict(lora_rank=4),
+          dict(loss="nll", method="sft"), dict(optimizer="muon"), dict(micro_tokens=10_000),
+          dict(loss="pg", method="mopd"), "evaluation"]
 
 
 @pytest.mark.parametrize("flags", MEMORY, ids=str)
@@ -415,6 +450,8 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
     if "lora_rank" in flags:
         pytest.importorskip("peft", reason="optional: pip install peft")
     text = "one two three four five six seven eight nine ten " * 8
+    if flags == "evaluation":
+        flags = dict(eval_prompts=[prompts("eval", [{"prompt": text[:150], "answer": "four"}] * 48)])
     tok = scratch.tokenizer([text], 300)
     for name, seed, hidden in (("s", 0, 192), ("t", 1, 256)):
         scratch.model(tok, seed, hidden, 3).save_pretrained(tmp_path / name)
@@ -437,7 +474,8 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
         def timed(name):
             live.peak = live.now
             yield
-            measured[name] = live.peak + sum(map(preflight.weight_bytes, models))
+            run.clock[name] = 1.0
+            measured[name] = max(live.peak + sum(map(preflight.weight_bytes, models)), measured.get(name, 0))
         run.timed = timed
         opd.train(run)
     assert measured.keys() == set(preflight.PHASES) - ({"sample"} if flags.get("method") == "sft" else set())
