@@ -609,7 +609,7 @@ def find_checkpoint(cfg):
         return None
     if not cfg.resume:
         fail(f"{out} holds a run already: add --resume to continue it, or choose another --out")
-    if not (recover(checkpoint) if not cfg.dry_run else checkpoint.exists()):
+    if not recover(checkpoint, cfg.dry_run):
         if (out / "final").exists():
             fail(f"{out} is finished (final/) and its checkpoint/ is gone; choose another --out")
         return None                                             # it died before its first checkpoint

@@ -38,9 +38,9 @@ def atomic_folder(path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(path):
+def recover(path, look_only=False):
     """Undo atomic_folder's first rename where a kill prevented the second. Returns whether `path` exists."""
     old = path.with_name(path.name + ".old")
-    if old.exists() and not path.exists():
+    if old.exists() and not path.exists() and not look_only:
         old.rename(path)
-    return path.exists()
+    return path.exists() or old.exists()

@@ -198,6 +198,22 @@ def test_nothing_on_disk_is_ever_overwritten(start, argv, prompts, tmp_path):
     assert "holds other files" in said(argv(out=tmp_path / "mine"))
     (tmp_path / "file").write_text("x")
     assert "is a file" in said(argv(out=tmp_path / "file"))
+    model = run.out / "final"                                    # it has a config.json too, and is no run
+    assert "holds other files and no run" in said(argv(out=model, resume=True))
+
+
+def test_a_dry_run_refuses_what_the_run_would_and_touches_nothing(start, argv, capsys):
+    run = start(steps=2, save_every=1)
+    opd.train(run)
+    (run.out / "checkpoint").rename(run.out / "checkpoint.old")  # as a kill between two renames leaves it
+    files = lambda: {path: path.stat().st_mtime_ns for path in run.out.rglob("*")}
+    before = files()
+    assert "add --resume" in said(argv(out=run.out, dry_run=True))
+    opd.main(argv(out=run.out, dry_run=True, resume=True, steps=3, save_every=1))
+    assert "memory on cpu" in capsys.readouterr().out and files() == before
+    assert "another lr" in said(argv(out=run.out, dry_run=True, resume=True, lr=1))
+    (run.out / "checkpoint.old" / "trainer.pt").write_bytes(b"broken")
+    assert "cannot load" in said(argv(out=run.out, resume=True, steps=3, save_every=1))
 
 
 def test_models_with_missing_weights_are_refused(argv, models, tmp_path):

@@ -160,6 +160,35 @@ def test_several_turns_system_prompts_and_thinking_render_as_the_template_says(b
     opd.train(run)
 
 
+@pytest.mark.parametrize("template, expected", [
+    (scratch.CHATML.replace("m.content", "m.content | upper"), None),
+    (scratch.CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}"),
+     "its chat template leaves out the text")], ids=["upper case", "parts only"])
+def test_templates_that_do_not_say_what_they_are_given(begin, chat, tmp_path, template, expected):
+    """The special token after an answer that is not there would be the first of the conversation."""
+    folder = copy(chat / "student", tmp_path / "s", template)
+    assert end_of_turn(AutoTokenizer.from_pretrained(folder)) is None
+    with pytest.raises(SystemExit, match=expected) if expected else contextlib.nullcontext():
+        begin(student=folder)
+
+
+@pytest.mark.parametrize("defaults, stops", [
+    (dict(do_sample=False, temperature=0.6, eos_token_id=2), [2]),
+    (dict(eos_token_id=[2, 5_000_000_000, -1]), [2]),
+    (dict(eos_token_id=7, pad_token_id=-1), [2, 7])], ids=str)
+def test_odd_generation_configs_cost_no_training(begin, chat, tmp_path, defaults, stops):
+    """transformers refuses to save some of what it loads, and would do so after the training."""
+    folder = shutil.copytree(chat / "student", tmp_path / "s")
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    run = begin(student=folder, method="sft", teachers=[], steps=1)
+    assert run.student.stops == stops
+    opd.train(run)
+    saved = json.loads((run.out / "final" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] in (stops, stops[0])
+    assert saved.get("temperature") == defaults.get("temperature")
+    AutoModelForCausalLM.from_pretrained(run.out / "final")
+
+
 def test_a_template_without_a_system_role_is_named_with_its_row(chat, argv, prompts, tmp_path):
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + GEMMA
     folder = copy(chat / "student", tmp_path / "s", strict)
