@@ -75,9 +75,8 @@ class Model:
     @contextlib.contextmanager
     def running(self):
         """The context of every forward pass."""
-        half = self.dtype in (torch.bfloat16, torch.float16)
         bare = self.adapter.disable_adapter() if self.without_adapter else contextlib.nullcontext()
-        with torch.autocast(self.device.type, self.dtype, enabled=half), bare:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), bare:
             yield
 
     @contextlib.contextmanager
@@ -142,6 +141,8 @@ def load(path, cfg, learns=False, weights=None):
     vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
     eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
     stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
+    if not stops:
+        fail(f"{path}: its EOS token has no row in the model, so a completion could never end")
     model = Model(path, net, tok, sorted(stops), vocab, dtype, device, defaults, swapped=swapped)
     if lora:
         model.adapter = add_adapter(model, cfg, weights)

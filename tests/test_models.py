@@ -454,15 +454,16 @@ def test_a_swapped_teacher_is_there_only_while_it_samples_and_scores(begin, monk
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("where", ["swap", "cpu"])
-def test_a_teacher_elsewhere_teaches_the_same_on_a_gpu(begin, where):
+@pytest.mark.parametrize("method", ["opd", "mopd", "seqkd"])
+def test_a_teacher_elsewhere_teaches_the_same_on_a_gpu(begin, where, method):
     values = []
     for flags in (dict(), dict(teacher_device=where)):
-        run = begin(device="cuda", dtype="float32", loss="jsd", **flags)
+        run = begin(device="cuda", dtype="float32", method=method, **flags)
         where_it_waits = next(run.teacher.net.parameters()).device.type
         assert where_it_waits == ("cpu" if flags else "cuda")
         opd.train(run)
         assert next(run.teacher.net.parameters()).device.type == where_it_waits
-        values.append([line["value"] for line in metrics(run)])
+        values.append([line["loss"] for line in metrics(run)])
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
