@@ -209,7 +209,11 @@ def reading(path):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:          # every kind of file can be broken in its own way
-        fail(f"cannot load {path}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+        fail(f"cannot load {path}: {first_line(error)}")
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def read_net(source, dtype, device):
@@ -252,7 +256,7 @@ def add_adapter(model, cfg, weights):
         try:
             adapter = peft.get_peft_model(model.net, config, low_cpu_mem_usage=cfg.dry_run)
         except ValueError as error:                             # layers that read their weights by name, say
-            fail(f"--lora_rank: peft cannot adapt {type(model.net).__name__}: {str(error).splitlines()[0]}")
+            fail(f"--lora_rank: peft cannot adapt {type(model.net).__name__}: {first_line(error)}")
     for module in model.net.modules() if cfg.dry_run else ():   # peft makes meta tensors, the others are fake
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -303,6 +307,8 @@ def check_forward(model):
     """
     net, head, seen, kind = model.net, model.net.get_output_embeddings(), {}, type(model.net).__name__
     ids_BT = torch.arange(8, device=model.device)[None] % model.vocab
+    changed_BT = ids_BT.clone()
+    changed_BT[0, -1] = 0
     probe_BTV = torch.linspace(-100, 100, 8 * head.out_features, device=model.device).view(1, 8, -1)
 
     def replace_output(module, inputs, output):
@@ -312,14 +318,15 @@ def check_forward(model):
     hook = head.register_forward_hook(replace_output)
     try:
         with model.running():
+            net.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=GenerationConfig(
+                max_new_tokens=2, eos_token_id=model.stops, pad_token_id=model.stops[0]))
             hidden_BTH, changed_BTH = (model.body(ids, use_cache=False).last_hidden_state.float()
-                                       for ids in (ids_BT, ids_BT.index_fill(1, ids_BT[0, -1:] * 0 + 7, 0)))
+                                       for ids in (ids_BT, changed_BT))
             theirs_BTV = net(ids_BT, use_cache=False).logits.float()[..., :model.vocab]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                  # every network can fail in its own way
-        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
-             f"{str(error).splitlines()[0]}")
+        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: {first_line(error)}")
     finally:
         hook.remove()
     ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]

@@ -103,7 +103,8 @@ CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - l
 def change_table(steps):
     """What the first and the last tenth of the training were like."""
     tenth = max(len(steps) // 10, 1)
-    table = [f"| mean of | first {tenth} step(s) | last {tenth} |", "|---|---|---|"]
+    steps_word = "step" if tenth == 1 else f"{tenth} steps"
+    table = [f"| mean of | first {steps_word} | last {steps_word} |", "|---|---|---|"]
     for key, (title, unit) in CHANGES.items():
         ends = [[s[key] for s in part if key in s] for part in (steps[:tenth], steps[-tenth:])]
         if all(ends):
@@ -157,13 +158,14 @@ def draw_run(plt, steps, evals, path):
                     axis.legend(fontsize=7)
         axis.set_title(title)
         if "%" in title:
-            axis.set_ylim(-3, 103)
+            axis.set_ylim(0)
     if evals:
         axis = axes[len(panels)]
         for name in dict.fromkeys(name for _, scores in evals for name in scores):
             points = [(step, 100 * scores[name]) for step, scores in evals if name in scores]
             axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(title="accuracy in evaluation, %", ylim=(-3, 103))
+        axis.set(title="accuracy in evaluation, %")
+        axis.set_ylim(0)
         axis.legend(fontsize=7)
     if names:
         axis = axes[count - 1]
