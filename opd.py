@@ -30,7 +30,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import flags, models, preflight, recipes, report      # before transformers: see data/__init__.py
+from data import flags, models, preflight, recipes, report      # before the model classes: data/__init__.py
 from data.chat import (encode_completion, encode_prompt, load_prompts, may_think, prompt_text,
                        reads_nothing)
 from data.files import atomic_folder, read_lines, recover, write_file
@@ -350,6 +350,7 @@ class Run:
                     else models.load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
         for teacher in distinct.values():
             models.share_tokens(self.student, teacher)
+        for teacher in distinct.values():
             models.share_stops(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
@@ -455,11 +456,6 @@ class Run:
     def record(self, jobs, weights, stats):
         """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
         cfg, state = self.cfg, self.state
-        parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
-        stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
-                  **({"memory_gib_by_part": parts} if parts else {}),
-                  "sampled_tokens": state["sampled_tokens"]}
-        self.clock, self.peaks = {}, {}
         for job, ws in zip(jobs, weights):
             for r, w_T in list(zip(job.rollouts, ws))[:cfg.log_samples]:
                 self.log("samples", {
@@ -474,6 +470,11 @@ class Run:
         due = lambda every: state["step"] == cfg.steps or (every and state["step"] % every == 0)
         if due(cfg.eval_every):
             stats["eval"] = self.evaluate(self.student)
+        parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
+        stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
+                  **({"memory_gib_by_part": parts} if parts else {}),
+                  "sampled_tokens": state["sampled_tokens"]}
+        self.clock, self.peaks = {}, {}
         self.log("metrics", stats)
         tqdm.write(step_line(cfg, stats), file=sys.stdout)
         if due(cfg.save_every):
@@ -495,7 +496,10 @@ class Run:
             saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         self.state = saved["state"]
         for optimizer, state in zip(self.student.optimizers, saved["optimizers"], strict=True):
+            fused = [group.get("fused") for group in optimizer.param_groups]    # may come from another device
             optimizer.load_state_dict(state)
+            for group, here in zip(optimizer.param_groups, fused):
+                group["fused"] = here
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():                                   # forget what the lost steps wrote
                 kept = [line for line in read_lines(path) if line["step"] < self.state["step"]]
@@ -673,7 +677,7 @@ def check_prompts(run):
             for model in readers:
                 try:
                     ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
-                    learned = (encode_completion(model.tok, row["solution"])
+                    learned = (encode_completion(run.student.tok, row["solution"])
                                if branch and method.solutions else [])
                     if "answer" in row:
                         grade(row["grader"], "", row["answer"])

@@ -182,7 +182,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--lora_rank", type=AMOUNT, default=0,
         help="train a LoRA adapter of this rank on all linear layers (not on experts that are one tensor) "
              "instead of the weights, which then are kept in --dtype; needs peft; 0 = no adapter")
-    add("--lora_alpha", type=POSITIVE, default=32.0, 
+    add("--lora_alpha", type=POSITIVE, default=32.0,
         help="LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA Without Regret'")
 
     add = p.add_argument_group("sampling and evaluation").add_argument
@@ -206,7 +206,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--teacher_device", choices=("cuda", "cpu", "swap"),
         help="cpu: teachers compute there, slowly; swap: they wait in main memory and are on the GPU only "
-             "while they score. Default: as --device")
+             "while they score or write. Default: as --device")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
     add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")

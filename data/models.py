@@ -7,7 +7,8 @@
     save_model    what from_pretrained, or peft, reads again
 
 What learns is kept in float32; what is frozen in --dtype, as is all computation, but residual stream and
-norms are float32 in both: otherwise two equal models would show a gap of rounding.
+norms are float32 in both (a quantised teacher's norms are as they come): otherwise two equal models would
+show a gap of rounding.
 """
 import contextlib
 import functools
@@ -173,7 +174,7 @@ def compute_alike(net, kept, dtype, quantised):
 
 
 def scaled_once(module, inputs, out, dtype):
-    """An embedding times its scale as the models were trained: the scale rounded, the product not."""
+    """An embedding times its scale, the scale rounded to `dtype` as transformers does, the product not."""
     embedded = torch.nn.functional.embedding(inputs[0], module.weight)
     return embedded.float() * module.embed_scale.to(dtype).float()
 
@@ -250,7 +251,7 @@ def add_adapter(model, cfg, weights):
     torch.manual_seed(cfg.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)          # peft calls what transformers has renamed
-        if weights:
+        if weights and not cfg.dry_run:
             with reading(weights):
                 return peft.PeftModel.from_pretrained(model.net, weights, is_trainable=True)
         try:
@@ -303,7 +304,8 @@ def check_forward(model):
     """Refuse a model whose logits are not what the loss will compute from `hidden`, head and softcap.
 
     What goes into the head must be the last hidden states, and what comes out of the model the transforms
-    that are known here, tried on a probe in place of the head's output. And no token may see a later one.
+    that are known here, tried on a probe in place of the head's output. No token may see a later one, and the
+    model must generate.
     """
     net, head, seen, kind = model.net, model.net.get_output_embeddings(), {}, type(model.net).__name__
     ids_BT = torch.arange(8, device=model.device)[None] % model.vocab
@@ -326,7 +328,8 @@ def check_forward(model):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                  # every network can fail in its own way
-        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: {first_line(error)}")
+        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
+             f"{first_line(error)}")
     finally:
         hook.remove()
     ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
@@ -345,8 +348,8 @@ def check_forward(model):
 def share_tokens(student, teacher):
     """Token ids must mean the same in both models: distillation compares distributions id by id.
 
-    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): from here on it has the
-    student's, and its distribution is renormalised over them.
+    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
+    renormalised over the student's.
     """
     ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
     more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
@@ -359,15 +362,16 @@ def share_tokens(student, teacher):
     if more:
         tqdm.write(f"note: {teacher.path} has {len(more)} tokens that the student lacks "
                    f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")
-    student.vocab = teacher.vocab = min(student.vocab, teacher.vocab)
+    student.vocab = min(student.vocab, teacher.vocab)
 
 
 def share_stops(student, teacher):
-    """A student ends where its teacher would.
+    """A student ends where its teacher would, and the teacher writes in the student's tokens.
 
     A base model has never seen the end-of-turn token of its chat-tuned teacher; it learns the token from the
     teacher, and would write on after it.
     """
+    teacher.vocab = student.vocab
     new = [i for i in teacher.stops if i < student.vocab and i not in student.stops]
     if new:
         student.stops = sorted(student.stops + new)

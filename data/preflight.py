@@ -122,12 +122,13 @@ def about_memory(run):
     parts, sums = memory(run), Counter()
     gib = lambda size: f"{'?':>9}" if size == UNKNOWN else f"{size / 2**30:9.2f}" if size else f"{'-':>9}"
     for name, sizes in parts.items():
+        name = name if len(name) <= 48 else f"{name[:20]}..{name[-26:]}"
         print(f"  {name:48}" + "".join(gib(sizes.get(phase, 0)) for phase in PHASES))
         sums.update({phase: size for phase, size in sizes.items() if size != UNKNOWN})
     print(f"  {'all':48}" + "".join(gib(sums[phase]) for phase in PHASES))
     print("  beside them about 0.6 GiB for the libraries, and a few percent between the blocks")
     if any(size == UNKNOWN for sizes in parts.values() for size in sizes.values()):
-        print("  ? = not predicted: layers that route tokens by their values do not run without values")
+        print("  ? = not predicted: does not run on fake tensors (layers that route tokens by value do not)")
     if run.cfg.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(run.cfg.device)
         print(f"  this card, {card.name}, has {card.total_memory / 2**30:.1f} GiB")
@@ -136,8 +137,8 @@ def about_memory(run):
 def memory(run):
     """{part: {phase: bytes}} on the student's device, where prompts and completions have their full length.
 
-    The phases are the loop's; evaluation belongs to "sample". The student samples: the larger cache of a
-    teacher that writes (seqkd) is not counted.
+    The phases are the loop's; evaluation belongs to "sample". The student samples: what a teacher takes that
+    writes (seqkd) is not counted there.
     """
     cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
     on_cpu, sequences = cfg.device == "cpu", cfg.batch * cfg.rollouts
@@ -146,10 +147,10 @@ def memory(run):
     here = cfg.teacher_device != "cpu" or on_cpu
     always = lambda size: dict.fromkeys(PHASES, size)
     parts = {"student's weights": always(weight_bytes(student))}
-    for teacher in teachers if here else []:
-        size = weight_bytes(teacher)
-        parts[f"weights of {teacher.path}"[:48]] = ({"score": size} if cfg.teacher_device == "swap" else
-                                                    always(size))
+    if cfg.teacher_device == "swap":                            # one at a time
+        parts["weights of a teacher"] = {"score": max(map(weight_bytes, teachers), default=0)}
+    else:
+        parts |= {f"weights of {teacher.path}": always(weight_bytes(teacher)) for teacher in teachers if here}
     parts["optimizer"] = always(sum(
         4 * STATES[type(optimizer)] * p.numel() for optimizer in student.optimizers
         for group in optimizer.param_groups for p in group["params"]))
@@ -200,11 +201,13 @@ def sampling_bytes(model, sequences, prompt, length):
     with fake_mode(), torch.no_grad(), Live(tensors(model)) as live, model.running():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
-    layers = [vars(layer) for layer in (getattr(out, "cache", None) or out.past_key_values).layers]
-    grows = [layer[name].nbytes / prompt for layer in layers for name in ("keys", "values") if name in layer]
-    fixed = sum(x.nbytes for layer in layers for name, state in layer.items()       # linear attention's
-                if name not in ("keys", "values") for x in tree_leaves(state) if isinstance(x, torch.Tensor))
-    grown = fixed + length * (sum(grows) + 2 * max(grows, default=0))
+    grown, largest = 0, 0
+    for layer in (getattr(out, "cache", None) or out.past_key_values).layers:
+        held = sum(x.nbytes for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor))
+        if getattr(layer, "keys", None) is not None:            # linear attention's states do not grow
+            held *= min(length, getattr(layer, "sliding_window", None) or length) / layer.keys.shape[-2]
+        grown, largest = grown + held, max(largest, held)
+    grown += largest
     logits = SAMPLED_LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
     return int(max(started, grown + casts + logits))
 

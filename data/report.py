@@ -74,7 +74,7 @@ def about_run(config, steps):
     """One paragraph: how much, how long, where the time went, how much memory."""
     parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in steps[-1]["seconds"]}
     total = max(sum(parts.values()), 1e-9)
-    memory = " ".join(f"{name} {max(s['memory_gib_by_part'].get(name, 0) for s in steps):.1f}"
+    memory = " ".join(f"{name} {max(s.get('memory_gib_by_part', {}).get(name, 0) for s in steps):.1f}"
                       for name in steps[-1].get("memory_gib_by_part", {}))
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
     tokens, peak = steps[-1]["sampled_tokens"], max(s["memory_gib"] for s in steps)

@@ -318,13 +318,15 @@ def test_a_new_adapter_changes_nothing_and_only_the_adapter_learns(lora, chat):
     assert not any("lm_head" in n or "embed" in n for n in before if "lora_" in n)
     opd.train(run)
     assert abs(metrics(run)[0]["value"]) < 1e-6                 # the teacher is the student without adapter
-    other = lora()
+    other = lora(dtype="bfloat16")
     before = {name: p.clone() for name, p in other.student.net.named_parameters()}
     for step in range(2):
         jobs = [Job(other.student, other.teacher, rollouts(other, step), other.objective)]
         for job in jobs:
             opd.score(job, other.cfg)
         opd.update(other, jobs, opd.weigh(jobs))
+    assert {p.dtype for name, p in before.items() if "lora_" in name or "norm" in name} == {torch.float32}
+    assert {before[name].dtype for name in before if name.endswith("base_layer.weight")} == {torch.bfloat16}
     changed = {name for name, p in other.student.net.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if "lora_" in name}
 
@@ -400,10 +402,12 @@ def saved_bytes(run, job):
     return alive
 
 
-def test_recomputed_layers_give_the_same_gradient_and_keep_less(begin):
-    ours = []
+def test_recomputed_layers_give_the_same_gradient_and_keep_less(begin, chat, tmp_path):
+    folder, ours = shutil.copytree(chat / "student", tmp_path / "s"), []
+    config = json.loads((folder / "config.json").read_text())    # training mode would drop half of attention
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     for flag in (False, True):
-        run = double(begin(**(dict(gradient_checkpointing=True) if flag else {})))
+        run = double(begin(student=folder, **(dict(gradient_checkpointing=True) if flag else {})))
         job = Job(run.student, run.teacher, rollouts(run, count=8), Objective(divergence="rkl"))
         accumulate(run, [job])
         ours.append((gradients(run.student), saved_bytes(run, job)))
@@ -534,7 +538,50 @@ def test_dry_run_of_an_eight_billion_model_needs_its_config_and_tokenizer_only(c
     assert float(gib["student's weights"][0]) == pytest.approx(4 * weights, rel=1e-3)
     assert float(gib["optimizer"][0]) == pytest.approx(8 * weights, rel=1e-3)
     assert gib["gradients"] == ["-", "-", gib["student's weights"][0]]
-    assert float(gib[f"weights of {tmp_path / 'teacher'}"[:48]][0]) == pytest.approx(2 * weights, rel=1e-3)
+    teacher = next(line for name, line in gib.items() if name.startswith("weights of"))
+    assert float(teacher[0]) == pytest.approx(2 * weights, rel=1e-3)
+
+
+def test_the_preflight_counts_every_teacher_and_a_window_once(begin, chat, prompts, tmp_path):
+    same = "a folder with a name so long that it fills the column"
+    paths = [shutil.copytree(chat / "teacher", tmp_path / same / name) for name in ("one", "two")]
+    run = begin(teachers=[f"{name}={path}" for name, path in zip("ab", paths)], dry_run=True,
+                prompts=[f"{name}={prompts(name, QUESTIONS)}" for name in "ab"])
+    assert sum(name.startswith("weights of") for name in preflight.memory(run)) == 2
+    tok = AutoTokenizer.from_pretrained(chat / "student")
+    sizes = []
+    for window in (32, None):
+        transformers.MistralConfig(
+            vocab_size=len(tok), hidden_size=64, intermediate_size=64, num_hidden_layers=2, eos_token_id=2,
+            num_attention_heads=2, num_key_value_heads=2, sliding_window=window,
+        ).save_pretrained(tmp_path / str(window))
+        tok.save_pretrained(tmp_path / str(window))
+        run = begin(student=tmp_path / str(window), dry_run=True)
+        sizes.append([preflight.sampling_bytes(run.student, 4, 16, length) for length in (1000, 9000)])
+    (short, long), (grown, more) = sizes
+    assert 0 < short == long < grown < more and preflight.UNKNOWN not in sizes[0]
+
+
+def test_a_dry_run_of_a_resumed_adapter_predicts_all(lora, argv, capsys):
+    run = lora(steps=2)
+    opd.train(run)
+    lora(steps=3, out=run.out, resume=True, dry_run=True)
+    parts = preflight.memory(lora(steps=3, out=run.out, resume=True, dry_run=True))
+    assert not any(size == preflight.UNKNOWN for sizes in parts.values() for size in sizes.values())
+
+
+def test_how_long_a_student_may_write(begin, chat, tmp_path):
+    """2,048 tokens where the template lets it think, else 512; a resumed run keeps what it had."""
+    tok = AutoTokenizer.from_pretrained(chat / "student")
+    for name in ("s", "t"):
+        scratch.model(tok, 0, 64, 1, positions=4096).save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+    flags = dict(student=tmp_path / "s", teachers=[tmp_path / "t"], steps=1)
+    limit = lambda **more: begin(**flags, max_new_tokens=[], dry_run=True, **more).cfg.max_new_tokens
+    assert limit() == 2048 and limit(chat_template_kwargs='{"enable_thinking": false}') == 512
+    run = begin(**flags, max_new_tokens=6)
+    opd.train(run)
+    assert limit(out=run.out, resume=True) == 6
 
 
 def test_dry_run_finds_what_a_run_would_refuse(argv, chat, prompts):
