@@ -683,10 +683,10 @@ def check_prompts(run):
                         grade(row["grader"], "", row["answer"])
                 except Exception as error:      # templates, tokenizers and graders raise what they like
                     fail(f"{where}: {error}")
-                rows_of_net = len(model.net.get_input_embeddings().weight)
-                if max(ids + learned) >= rows_of_net:
-                    fail(f"{where} has the token {model.tok.decode(max(ids + learned))!r}, id "
-                         f"{max(ids + learned)}, for which {model.path} has no row ({rows_of_net})")
+                most, known = max(ids + learned), len(model.net.get_input_embeddings().weight)
+                if most >= known:
+                    fail(f"{where} has the token {model.tok.decode(most)!r}, id {most}, for which "
+                         f"{model.path} has no row ({known})")
                 completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
                 longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
                 limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -802,7 +802,7 @@ def check_objective(cfg, changed):
         fail(f"--loss {cfg.loss} uses the sampled token only: --target, --support and --top_k have no effect")
 
 
-LESS_MEMORY = ("Less memory, in the order of what it costs: lower --micro_tokens or --sample_batch, "
+LESS_MEMORY = ("What takes less memory: lower --micro_tokens or --sample_batch, "
                "--gradient_checkpointing, --teacher_device swap, --lora_rank 16; --dry_run shows it by part")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .flags import first_line
+
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
@@ -51,7 +53,7 @@ def rows(name, file=None):
         try:
             raw = load_dataset(name, SETS[name].config, split=split or SETS[name].split)
         except Exception as error:                      # no network, no such split, ..
-            raise ValueError(f"cannot load {name}: {(str(error) or repr(error)).splitlines()[0]}") from None
+            raise ValueError(f"cannot load {name}: {first_line(error)}") from None
     converted = []
     for number, row in enumerate(raw, 1):
         try:

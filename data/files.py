@@ -39,7 +39,10 @@ def atomic_folder(path):
 
 
 def recover(path, look_only=False):
-    """Undo atomic_folder's first rename where a kill prevented the second. Returns whether `path` exists."""
+    """Undo atomic_folder's first rename where a kill prevented the second. Returns whether there is a folder.
+
+    look_only: say so, but rename nothing.
+    """
     old = path.with_name(path.name + ".old")
     if old.exists() and not path.exists() and not look_only:
         old.rename(path)

@@ -13,6 +13,11 @@ def fail(message):
     raise SystemExit(f"opd.py: {message}")
 
 
+def first_line(error):
+    """What somebody else's exception says, short enough for `fail`."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def pairs(values, flag, default):
     """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; a single bare value: {default: value}."""
     out = {}

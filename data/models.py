@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .chat import end_of_turn
-from .flags import fail
+from .flags import fail, first_line
 
 
 @dataclass(eq=False)
@@ -211,10 +211,6 @@ def reading(path):
         raise
     except Exception as error:          # every kind of file can be broken in its own way
         fail(f"cannot load {path}: {first_line(error)}")
-
-
-def first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def read_net(source, dtype, device):

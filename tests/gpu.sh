@@ -2,8 +2,8 @@
 # Everything that needs a GPU: bash tests/gpu.sh OUT [tests] [bench] [small] [real]; all parts without a name
 #   tests   tests.txt                        the tests that use the device, under five minutes
 #   small   small.md small.json small.png    the small world in short form, and its steps in small.txt; beside the tests
-#   bench   bench.md bench.json bench.png    the fused loss against its floor and its peers (kernels/bench.py), four
-#   real    real_size.md real_size.json      steps of Qwen3-0.6B and 4B, memory beside its prediction, six
+#   bench   bench.md bench.json bench.png    the fused loss against its floor and its peers, at most four minutes
+#   real    real_size.md real_size.json      steps of Qwen3-0.6B and 4B, memory beside its prediction, at most eight
 # Uses the python3 that is there, installs and downloads nothing. One part that fails does not stop the others.
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: bash tests/gpu.sh OUT [tests] [bench] [small] [real]}" && cd "$1" && pwd)" || exit 1
