@@ -3,6 +3,12 @@
     python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs package datasets)
     python -m data.convert 'openai/gsm8k:test[:200]' > gsm8k.jsonl       another split, or a part of one
     python -m data.convert openai/gsm8k --file test.jsonl > gsm8k.jsonl  from a file in the set's own format
+
+SciKnowEval (data/sciknoweval.py) is four sets with the parts train, val and test:
+
+    python -m data.convert hicai-zju/SciKnowEval/physics:val > val.jsonl
+    python -m data.convert hicai-zju/SciKnowEval/{physics,chemistry} --out DIR   all of DIR/physics_val.jsonl
+    .. --file physics=hub.jsonl chemistry=train.json chemistry=test.json         one to split, or two parts
 """
 import argparse
 import json
@@ -10,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import sciknoweval
+from .files import write_file
 from .flags import first_line
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -27,51 +35,124 @@ def math(row):
 
 @dataclass(frozen=True)
 class Set:
-    convert: Callable
+    convert: Callable                   # row -> prompt row, or None: not of this set
     config: str | None
-    split: str
+    split: str                          # of the hub
+    hub: str | None = None              # where the set is called otherwise there
+    parts: Callable | None = None       # of sets that we split: prompt rows, a list per file -> {part: rows}
 
 
 SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": Set(math, None, "test"),
         "math-ai/aime24": Set(math, None, "test"), "math-ai/aime25": Set(math, None, "test"),
         "math-ai/amc23": Set(math, None, "test")}
+SETS |= {f"hicai-zju/SciKnowEval/{domain}": Set(sciknoweval.converter(domain), None, "test",
+                                                "hicai-zju/SciKnowEval", sciknoweval.splitter(domain))
+         for domain in sciknoweval.TESTS}
 
 
-def rows(name, file=None):
-    """The rows of a set, "NAME" or "NAME:SPLIT", from the hub or from JSON lines in the set's own format."""
+def rows(name, *files):
+    """The rows of a set, "NAME" or "NAME:SPLIT", from the hub or from files in the set's own format."""
     name, _, split = name.partition(":")
+    if not known(name).parts:
+        return [row for raw in files or [None] for row in converted(name, split, raw)]
+    found = parts(name, *files)
+    if (split or "train") not in found:
+        raise ValueError(f"{name} has the parts {', '.join(found)}, not {split!r}")
+    return found[split or "train"]
+
+
+def parts(name, *files):
+    """{part: rows} of a set that we split: of one file or the hub, or of one file per part."""
+    if len(files) > 2:
+        raise ValueError(f"{name} is one file that is split here, or its train and its test file; not "
+                         f"{len(files)} files")
+    return known(name).parts(*(converted(name, "", raw) for raw in files or [None]))
+
+
+def known(name):
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; there are: {', '.join(SETS)}")
-    if file:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-        raw = [json.loads(line) for line in lines if line.strip()]
-    else:
+    return SETS[name]
+
+
+def converted(name, split, file=None):
+    """The prompt rows of one file, JSON lines or a JSON list, or of a split on the hub."""
+    found = []
+    for number, row in enumerate(read(file) if file else load(name, split), 1):
         try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"{name} is on the hub: pip install datasets, or give a file") from None
-        try:
-            raw = load_dataset(name, SETS[name].config, split=split or SETS[name].split)
-        except Exception as error:                      # no network, no such split, ..
-            raise ValueError(f"cannot load {name}: {first_line(error)}") from None
-    converted = []
-    for number, row in enumerate(raw, 1):
-        try:
-            converted.append(SETS[name].convert(row))
+            if prompt := SETS[name].convert(row):
+                found.append(prompt)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file or name}:{number}: not a row of {name}: {error!r}") from None
-    return converted
+    if not found:
+        raise ValueError(f"{file or name} has no rows of {name}")
+    return found
+
+
+def read(file):
+    text = Path(file).read_text(encoding="utf-8").strip()
+    if text.startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def load(name, split):
+    hub, config, default = SETS[name].hub or name, SETS[name].config, SETS[name].split
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{name} is on the hub: pip install datasets, or give a file") from None
+    try:
+        return load_dataset(hub, config, split=split or default)
+    except Exception as error:                          # no network, no such split, ..
+        raise ValueError(f"cannot load {name}: {first_line(error)}") from None
+
+
+def write_parts(folder, name, *files):
+    """FOLDER/NAME_PART.jsonl for every part of a set. What is there stays: it may come from --file."""
+    domain = name.rpartition("/")[2]
+    if all((folder / f"{domain}_{part}.jsonl").exists() for part in ("train", "val", "test")):
+        return print(f"{folder}/{domain}_*.jsonl are there and stay")
+    if not known(name).parts:
+        raise ValueError(f"{name} has no parts: leave out --out, and redirect what is printed")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, found in parts(name, *files).items():
+        write_file(folder / f"{domain}_{part}.jsonl", "".join(map(line, found)))
+        print(f"{folder}/{domain}_{part}.jsonl  {len(found)} rows")
+
+
+def line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME[:SPLIT]", help=", ".join(SETS))
+    parser.add_argument("--file", nargs="+", default=[], metavar="[SET=]FILE",
+                        help="JSON in the set's own format; of several sets, SET is the last word of NAME")
+    parser.add_argument("--out", metavar="DIR", help="write all parts of the sets, one file each")
+    args = parser.parse_args(argv)
+    files = {name: [] for name in args.names}
+    last = {name.partition(":")[0].rpartition("/")[2]: name for name in args.names}
+    try:
+        for file in args.file:
+            word, found, path = file.partition("=")
+            if Path(file).exists() or not found:        # a path with = in it, or a bare one
+                word, path = next(iter(last)), file
+                if len(last) > 1:
+                    raise ValueError(f"--file {file}: of several sets, say which: {', '.join(last)}")
+            if word not in last:
+                raise ValueError(f"--file {file}: the sets are {', '.join(last)}")
+            files[last[word]].append(path)
+        if args.out:
+            for name in args.names:
+                write_parts(Path(args.out), name, *files[name])
+        else:
+            print(end="".join(line(row) for name in args.names for row in rows(name, *files[name])))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.convert: {error}\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", metavar="NAME[:SPLIT]", help=", ".join(SETS))
-    parser.add_argument("--file", help="JSON lines in the set's own format")
-    args = parser.parse_args()
-    try:
-        converted = rows(args.name, args.file)
-    except (ValueError, OSError, KeyError) as error:
-        parser.exit(2, f"data.convert: {error}\n")
-    for row in converted:
-        print(json.dumps(row, ensure_ascii=False))
+    main()

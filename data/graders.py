@@ -35,16 +35,16 @@ def boxed(completion, answer):
 
 
 def letter_tag(completion, answer):
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.S)
-    return float(bool(found) and found[-1].strip() == answer.strip())
+    return float(last_tag(completion) == answer.strip())
 
 
 def final_letter(completion, answer):
-    found = re.findall(r"final answer:\W*\b([A-Z])\b", completion, re.I)
-    return float(bool(found) and found[-1].upper() == answer.strip().upper())
+    return float(last_letter(completion) == answer.strip().upper())
 
 
 GRADERS = {f.__name__: f for f in (exact, number, boxed, letter_tag, final_letter)}
+FORMS = {"exact": "{}", "number": "{}", "boxed": "\\boxed{{{}}}", "letter_tag": "<answer>{}</answer>",
+         "final_letter": "Final answer: {}"}        # a completion that is correct, from its answer
 
 
 def grade(grader, completion, answer):
@@ -52,6 +52,23 @@ def grade(grader, completion, answer):
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; there are: {', '.join(GRADERS)}")
     return GRADERS[grader](completion, str(answer))
+
+
+def can_be_correct(grader, answer):
+    """Whether the plainest correct completion is graded as such: not that of final_letter for "Both".
+
+    Raises ValueError as `grade` does: for a name or an answer that the grader cannot use at all.
+    """
+    return grade(grader, FORMS.get(grader, "{}").format(answer), answer) > 0
+
+
+def complaint(grader, completion):
+    """What the environment says of a completion in which the grader finds nothing to grade.
+
+    None when there is something, right or wrong, and for graders that take any text.
+    """
+    find, what = SOUGHT.get(grader, (str, ""))
+    return None if find(completion) is not None else f"The answer cannot be graded: there is no {what} in it."
 
 
 def last_number(text):
@@ -72,3 +89,19 @@ def last_boxed(text):
         if depth == 0:
             return text[start + 7:end]
     return None
+
+
+def last_tag(text):
+    """The text in the last <answer> tag, stripped; None when there is none, or nothing in it."""
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
+    return found[-1].strip() or None if found else None
+
+
+def last_letter(text):
+    """The X of the last "Final answer: X", as a capital; None when there is none."""
+    found = re.findall(r"final answer:\W*\b([A-Z])\b", text, re.I)
+    return found[-1].upper() if found else None
+
+
+SOUGHT = {"number": (last_number, "number"), "boxed": (last_boxed, "\\boxed{..}"),
+          "letter_tag": (last_tag, "<answer>..</answer>"), "final_letter": (last_letter, '"Final answer: X"')}

@@ -1,13 +1,14 @@
 """Graders, prompts, the small world: what a completion is worth and what a model gets to see."""
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from data import convert, small_world
+from data import convert, sciknoweval, small_world
 from data.chat import encode_completion, encode_prompt, load_prompts
-from data.graders import GRADERS, grade
+from data.graders import FORMS, GRADERS, can_be_correct, complaint, grade
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -22,7 +23,8 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
     ("letter_tag", "<answer>A</answer> no, <answer>B</answer>", "A", 0), ("letter_tag", "B", "B", 0),
     ("final_letter", "Final answer: B? No. Final Answer: **C**", "C", 1),
     ("final_letter", "Final answer: (d)", "D", 1), ("final_letter", "The answer is C", "C", 0),
-    ("final_letter", "Final answer: Both", "B", 0)])
+    ("final_letter", "Final answer: Both", "B", 0), ("letter_tag", "<answer></answer>", "", 0),
+    ("final_letter", "no letter", "", 0)])
 def test_graders(grader, completion, answer, reward):
     assert grade(grader, completion, answer) == reward
 
@@ -36,6 +38,32 @@ def test_boxed_grader_is_mathematical():
 def test_unknown_grader_lists_the_known_ones():
     with pytest.raises(ValueError, match=", ".join(GRADERS)):
         grade("judge", "a", "a")
+
+
+@pytest.mark.parametrize("grader, answer, possible", [
+    ("exact", "a b", True), ("number", "1,234 apples", True), ("letter_tag", "B", True),
+    ("letter_tag", "", False), ("letter_tag", "a</answer>b", False), ("final_letter", "d", True),
+    ("final_letter", "Both", False)])
+def test_answers_that_no_completion_can_match_are_known(grader, answer, possible):
+    """Training on them would only ever say wrong."""
+    assert can_be_correct(grader, answer) == possible and FORMS.keys() == GRADERS.keys()
+    with pytest.raises(ValueError, match="needs an answer with a number"):
+        can_be_correct("number", "none")
+    with pytest.raises(ValueError, match="there are"):
+        can_be_correct("judge", "a")
+
+
+@pytest.mark.parametrize("grader, graded, nothing", [
+    ("number", "so 7", "so seven"), ("boxed", "\\boxed{7}", "\\boxed{7"),
+    ("letter_tag", "<answer>\nno letter\n</answer>", "<answer>B"),
+    ("letter_tag", "<answer>B</answer>", "<answer> </answer>"),
+    ("final_letter", "final answer: (b)", "the answer is B")])
+def test_environment_feedback_is_about_the_form_alone(grader, graded, nothing):
+    """A right or a wrong answer gets no words: they would tell which it is."""
+    assert complaint(grader, graded) is None
+    said = complaint(grader, nothing)
+    assert said.count(". ") == 0 and said.endswith(".") and "no " in said
+    assert complaint("exact", "") is None
 
 
 @pytest.mark.parametrize("line, message", [
@@ -117,3 +145,109 @@ def test_real_gsm8k_converts_and_its_own_solutions_are_right():
     assert len(rows) == 1319
     assert all(grade("number", row["solution"], row["answer"]) == 1 for row in rows)
     assert sum(grade("number", row["solution"], other["answer"]) for row, other in zip(rows, rows[1:])) < 100
+
+
+# ---- SciKnowEval -------------------------------------------------------------------------------------------
+
+PHYSICS = "hicai-zju/SciKnowEval/physics"
+REAL = SHARED / "sciknoweval"
+
+
+def hub_row(i, **changes):
+    return {"question": f"question {i}?", "choices": {"text": ["x", f"{i}", "z", "w"], "label": list("ABCD")},
+            "answerKey": "AB"[i % 2], "type": "mcq-4-choices", "domain": "Physics",
+            "details": {"level": "L3"}} | changes
+
+
+def hub_file(tmp_path, rows):
+    path = tmp_path / "hub.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(rows):
+    return [sciknoweval.question(row) for row in rows]
+
+
+def test_sciknoweval_keeps_its_domain_level_and_types(tmp_path):
+    """The hub has one file for all of them."""
+    strange = [hub_row(900, domain="Chemistry"), hub_row(901, details={"level": "L2"}),
+               hub_row(902, type="open-ended-qa", choices={"text": [], "label": []})]
+    two = hub_row(903, type="mcq-2-choices", choices={"text": ["yes", "no"], "label": ["A", "B"]})
+    found = convert.parts(PHYSICS, hub_file(tmp_path, [*map(hub_row, range(60)), *strange, two]))
+    prompts = [text for part in found.values() for text in texts(part)]
+    assert len(prompts) == len(set(prompts)) == 61
+    assert not [text for text in prompts if re.match("question 90[0-2]", text)]
+    assert "question 903?\n\nA: yes\nB: no\nPlease reason step by step." in prompts
+    assert all(row["grader"] == "letter_tag" and can_be_correct(row["grader"], row["answer"])
+               and [m["role"] for m in row["prompt"]] == ["system", "user"]
+               for part in found.values() for row in part)
+
+
+def test_sciknoweval_parts_are_disjoint_and_do_not_change(tmp_path, capsys):
+    rows = [*map(hub_row, range(100)), hub_row(99)]                     # one row twice
+    found = convert.parts(PHYSICS, hub_file(tmp_path, rows))
+    parts = {part: set(texts(some)) for part, some in found.items()}
+    assert not parts["train"] & parts["test"] and not parts["val"] & (parts["train"] | parts["test"])
+    assert len(found["test"]) == 11 and len(parts["val"]) == sciknoweval.VALIDATION
+    assert "not those of SDPO" in capsys.readouterr().err               # a changed set is seen
+    assert convert.parts(PHYSICS, hub_file(tmp_path, rows)) == found
+    by_hand = [hub_file(tmp_path, rows), tmp_path / "test.jsonl"]
+    by_hand[1].write_text(json.dumps(rows[3]))
+    one, other = (convert.parts(PHYSICS, hub_file(tmp_path, order), by_hand[1])
+                  for order in (rows, rows[::-1]))
+    assert texts(one["test"]) == [text for text in texts(one["test"]) if "question 3?" in text]
+    assert set(texts(one["val"])) == set(texts(other["val"]))           # whatever the order of the file
+    assert rows[3]["question"] not in str(one["train"]) + str(one["val"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"answerKey": "E"}, "hub.jsonl:41: .*answer 'E' is no choice's label"),
+    ({"answerKey": ""}, "no choice's"),
+    ({"question": " "}, "empty question or choice"),
+    ({"choices": {"text": ["x", ""], "label": ["A", "B"]}}, "empty question or choice"),
+    ({"choices": {"text": ["x"], "label": ["A", "B"]}}, "empty question or choice"),
+    ({"choices": None}, "hub.jsonl:41: not a row of hicai-zju/SciKnowEval/physics")], ids=str)
+def test_bad_sciknoweval_rows_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        convert.parts(PHYSICS, hub_file(tmp_path, [*map(hub_row, range(40)), hub_row(0, **changes)]))
+
+
+def test_sciknoweval_files_that_cannot_be_are_refused_in_one_line(tmp_path, capsys):
+    few, chemistry = hub_file(tmp_path, map(hub_row, range(9))), PHYSICS.replace("physics", "chemistry")
+    many = tmp_path / "many.json"
+    many.write_text(json.dumps([hub_row(i) for i in range(60)]))        # a JSON list, as SDPO's physics.json
+    for argv, message in (([PHYSICS, "--file", few], "too few for 30 validation"),
+                          ([PHYSICS, "--file", many, many, many], "not 3 files"),
+                          ([PHYSICS + ":vali", "--file", many], "parts train, val, test, not 'vali'"),
+                          ([chemistry, "--file", many], "has no rows of " + chemistry),
+                          ([PHYSICS, chemistry, "--file", many], "say which: physics, chemistry"),
+                          ([PHYSICS, "--file", f"biology={many}"], "the sets are physics"),
+                          (["openai/gsm8k", "--out", tmp_path / "o"], "has no parts"),
+                          ([PHYSICS, "--file", tmp_path / "none"], "No such file"),
+                          ([PHYSICS], "cannot load")):
+        with pytest.raises(SystemExit):
+            convert.main(list(map(str, argv)))
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, (message, error)
+    convert.main([PHYSICS, "--file", f"physics={many}", "--out", str(tmp_path / "o")])
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    assert written.keys() == {f"physics_{part}.jsonl" for part in ("train", "val", "test")}
+    convert.main([PHYSICS, "--out", str(tmp_path / "o")])               # no network: what is there stays
+    assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    rows = load_prompts(str(tmp_path / "o" / "physics_val.jsonl"), "physics")
+    assert len(rows) == 30 and rows[0]["branch"] == "physics"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
+def test_real_physics_splits_as_sdpo_did(capsys):
+    """The hub's rows in the hub's order give SDPO's own train and test problems, letter by letter."""
+    files = [REAL / f"physics_{part}.jsonl" for part in ("train", "test")]
+    hub, sdpo = convert.parts(PHYSICS, REAL / "physics_l3_hub_schema.jsonl"), convert.parts(PHYSICS, *files)
+    assert hub == sdpo and capsys.readouterr().err == ""
+    assert {part: len(rows) for part, rows in hub.items()} == {"train": 690, "val": 30, "test": 80}
+    raw = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    ours = {(*(m["content"] for m in row["prompt"]), row["answer"]) for rows in hub.values() for row in rows}
+    assert ours == {(row["system"], row["prompt"], row["answer"]) for row in raw} and len(ours) == 800
+    assert convert.rows(PHYSICS + ":val", REAL / "physics_l3_hub_schema.jsonl") == hub["val"]
+    assert all(can_be_correct(row["grader"], row["answer"]) for rows in hub.values() for row in rows)
