@@ -9,7 +9,10 @@ from .files import read_lines
 
 
 def read_metrics(out):
-    """(steps, evals) of a run folder: the lines with losses, and [(updates done, {set: accuracy})]."""
+    """(steps, evals) of a run folder: the lines with losses, and [(updates done, {set: accuracy})].
+
+    In a run of two students the sets are called "1/set" and "2/set".
+    """
     lines = read_lines(Path(out) / "metrics.jsonl")
     return [m for m in lines if "loss" in m], [(m["step"] + 1, m["eval"]) for m in lines if m.get("eval")]
 
@@ -33,22 +36,37 @@ def write_run(out):
     out = Path(out)
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
+    gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
+    students = [config["student"]] if isinstance(config["student"], str) else config["student"]
     name = lambda path: "/".join(Path(path).parts[-2:])
-    teachers = " and ".join(dict.fromkeys(map(name, config["teachers"].values())))
-    lines = [f"# {name(config['student'])}" + f" taught by {teachers}" * bool(teachers)
-             + f": {config['method']}, {config['loss']}", "", about_run(config, steps), ""]
+    taught = " tutoring each other" * (len(students) > 1)
+    if teachers := " and ".join(dict.fromkeys(map(name, config["teachers"].values()))):
+        taught = f" taught by {teachers}"
+    lines = [f"# {' and '.join(map(name, students))}{taught}: {config['method']}, {config['loss']}", "",
+             about_run(config, steps), ""]
     if evals:
         lines += ["## Accuracy", "", *accuracy_table(evals), "",
                   f"In %, on {', '.join(f'`{path}`' for path in config['eval_prompts'].values())}; "
                   f"{config['eval_rollouts']} completion(s) per prompt at temperature "
-                  f"{config['eval_temperature']:g}.", ""]
-    lines += ["## Training", "", *change_table(steps), "", "![curves](curves.png)", "", "## The model", "",
+                  f"{config['eval_temperature']:g}"
+                  + f", top_p {config.get('eval_top_p', 1):g}" * (config.get("eval_top_p", 1) < 1) + ".", ""]
+    if gates:
+        lines += ["## Rounds", "", *round_table(gates, config["tau"]), "", *break_table(gates)]
+    if any("feedback" in s for s in steps):
+        lines += ["## Feedback", "", *feedback_table(steps), ""]
+    lines += ["## Training", ""]
+    for tutee in sorted({s.get("tutee", 0) for s in steps}):
+        some = [s for s in steps if s.get("tutee", 0) == tutee]
+        lines += [f"Student {tutee}, {len(some)} steps:", ""] * bool(tutee) + [*change_table(some), ""]
+    folders = [f"/{i}" for i, _ in enumerate(students, 1)] if len(students) > 1 else [""]
+    lines += ["![curves](curves.png)", "", "## The model" + "s" * (len(students) > 1), "",
               "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-              f'model = AutoModelForCausalLM.from_pretrained("{out}/final", dtype="auto")',
-              f'tokenizer = AutoTokenizer.from_pretrained("{out}/final")', "```", ""]
+              f'model = AutoModelForCausalLM.from_pretrained("{out}/final{folders[0]}", dtype="auto")',
+              f'tokenizer = AutoTokenizer.from_pretrained("{out}/final{folders[0]}")', "```", ""]
     if config.get("lora_rank"):
-        lines += [f"`{out}/adapter` is the adapter alone, for `peft.PeftModel.from_pretrained` on "
-                  f"`{config['student']}`.", ""]
+        for folder, student in zip(folders, students):
+            lines += [f"`{out}/adapter{folder}` is the adapter alone, for `peft.PeftModel.from_pretrained` "
+                      f"on `{student}`.", ""]
     lines += ["## Samples", ""]
     for sample in [*samples[:2], *samples[2:][-3:]]:
         facts = [f"step {sample['step'] + 1}", sample["branch"]]
@@ -97,6 +115,7 @@ CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - l
            "abs_gap": ("size of the gap, nats", 1), "entropy_s": ("student's entropy, nats", 1),
            "entropy_t": ("teacher's entropy, nats", 1), "top1_agree": ("same most likely token, %", 100),
            "logprob_s": ("log p(y), nats", 1), "reward": ("accuracy of the rollouts, %", 100),
+           "solved": ("prompts with a correct rollout, %", 100),
            "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100)}
 
 
@@ -113,12 +132,70 @@ def change_table(steps):
     return table
 
 
+def round_table(gates, tau):
+    """What the gate saw and decided: a tutor gives feedback in a round if its gap is at most tau."""
+    sets = list(gates[0]["scores"][0])
+    titles = [*(f"{i}/{name}" for i in (1, 2) for name in sets),
+              "gap of 1", "gap of 2", "1 tutors", "2 tutors"]
+    table = ["| round | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for gate in gates:
+        cells = [f"{100 * scores[name]:.1f}" for scores in gate["scores"] for name in sets]
+        cells += [f"{gap:.3f}" for gap in gate["gaps"]]
+        cells += ["yes" if cognizant else "no" for cognizant in gate["cognizant"]]
+        table.append(f"| {gate['round'] + 1} | " + " | ".join(cells) + " |")
+    return [*table, "", "Accuracy on the validation prompts in %. A student's gap is the sum over sets of "
+            f"its relative shortfall from the better one; it tutors if that is at most {tau:g}."]
+
+
+def break_table(gates):
+    """Break-rate: the share of correct rollouts that the tutee gets wrong once it has read the feedback."""
+    found = [(counts, cognizant) for gate in gates for counts, cognizant
+             in zip(gate.get("broken") or [], gate["cognizant"]) if counts]
+    table = ["| tutors | correct rollouts | wrong with feedback, % | wrong without, % |", "|---|---|---|---|"]
+    for title, wanted in (("cognizant", True), ("incognizant", False)):
+        correct, *broken = (sum(counts[key] for counts, cognizant in found if cognizant == wanted)
+                            for key in ("correct", "broken", "broken_without"))
+        shares = [f"{100 * count / correct:.1f}" if correct else "not run" for count in broken]
+        table.append(f"| {title} | {correct} | {' | '.join(shares)} |")
+    about = "Break-rate: once correct rollouts, answered once more with the tutor's feedback and without."
+    return [*table, "", about, ""] if found else []
+
+
+def feedback_shares(steps):
+    """Per step with feedback: {"step", "branch": its tutor, "kept_feedback": the share that is kept}."""
+    return [{"step": s["step"], "branch": f"from {3 - s['tutee']}",
+             "kept_feedback": s["feedback"].get("kept", 0) / sum(s["feedback"].values())}
+            for s in steps if sum(s.get("feedback", {}).values())]
+
+
+def feedback_table(steps):
+    """What became of each tutor's feedback. A step names its tutee; the tutor is the other student."""
+    counts = {1: {}, 2: {}}
+    for s in steps:
+        for reason, count in s.get("feedback", {}).items():
+            tutor = counts[3 - s["tutee"]]
+            tutor[reason] = tutor.get(reason, 0) + count
+    reasons = sorted({r for tutor in counts.values() for r in tutor}, key=lambda r: (r != "kept", r))
+    total = lambda tutor: sum(tutor.values())
+    share = lambda tutor, r: f"{100 * tutor.get(r, 0) / total(tutor):.1f}" if total(tutor) else "none"
+    return ["| % | from student 1 | from student 2 |", "|---|---|---|",
+            *(f"| {r} | " + " | ".join(share(tutor, r) for tutor in counts.values()) + " |" for r in reasons),
+            "| texts | " + " | ".join(str(total(tutor)) for tutor in counts.values()) + " |"]
+
+
 def series(steps, key):
-    """{branch: (steps, values)} of a metric; steps that mix branches say it for each of them."""
+    """{branch: (steps, values)} of a metric; steps that mix branches say it for each of them.
+
+    A metric of the whole step is of branch "all". Of two students a branch is "1/branch" or "2/branch".
+    """
     out = {}
     for s in steps:
-        for branch, line in s.get("branches", {s["branch"]: s}).items():
+        lines = s.get("branches", {s["branch"]: s})
+        if key in s and not any(key in line for line in lines.values()):
+            lines = {"all": s}
+        for branch, line in lines.items():
             if key in line:
+                branch = f"{s['tutee']}/{branch}" if "tutee" in s else branch
                 xs, ys = out.setdefault(branch, ([], []))
                 xs.append(s["step"] + 1)
                 ys.append(line[key])
@@ -137,11 +214,17 @@ def draw_run(plt, steps, evals, path):
               ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
               ("-log p(y), nats per token", {"logprob_s": ""}, -1),
               ("completion length, tokens", {"length": ""}, 1),
-              ("accuracy of the rollouts, %", {"reward": ""}, 100)]
-    panels = [panel for panel in panels if any(series(steps, key) for key in panel[1])]
+              ("accuracy of the rollouts, %", {"reward": ""}, 100),
+              ("prompts with a correct rollout, %", {"solved": ""}, 100),
+              ("feedback that is kept, %", {"kept_feedback": ""}, 100)]
+    lines = [*steps, *feedback_shares(steps)]
+    panels = [panel for panel in panels if any(series(lines, key) for key in panel[1])]
     if any(title.startswith("divergence") for title, *_ in panels):
         panels = [panel for panel in panels if "log p(y)" not in panel[0]]
-    count = len(panels) + bool(evals) + bool(names := list(steps[-1]["seconds"]))
+    sets = list(dict.fromkeys(name.partition("/")[2] for _, scores in evals for name in scores
+                              if name[:2] in ("1/", "2/"))) if any("tutee" in s for s in steps) else []
+    names = list(steps[-1]["seconds"])
+    count = len(panels) + bool(evals) + bool(names) + (len(sets) == 2)
     columns = min(count, 3) if count <= 6 else 4
     figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
                                 figsize=(3.6 * columns, 2.7 * -(-count // columns)))
@@ -149,7 +232,7 @@ def draw_run(plt, steps, evals, path):
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for axis, (title, keys, unit) in zip(axes, panels):
         for (key, word), style in zip(keys.items(), ("-", ":")):
-            for color, (branch, (xs, ys)) in zip(colors, (found := series(steps, key)).items()):
+            for color, (branch, (xs, ys)) in zip(colors, (found := series(lines, key)).items()):
                 ys = [unit * y for y in ys]
                 label = " ".join([branch] * (len(found) > 1) + [word] * bool(word))
                 axis.plot(xs, ys, color=color, linewidth=0.8, alpha=0.25 if window > 1 else 0)
@@ -168,7 +251,7 @@ def draw_run(plt, steps, evals, path):
         axis.set_ylim(0)
         axis.legend(fontsize=7)
     if names:
-        axis = axes[count - 1]
+        axis = axes[len(panels) + bool(evals)]
         axis.stackplot([s["step"] + 1 for s in steps],
                        [smooth([s["seconds"].get(name, 0) for s in steps], window) for name in names],
                        labels=names, alpha=0.7)
@@ -177,6 +260,8 @@ def draw_run(plt, steps, evals, path):
     for axis in axes[:count]:
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(sets) == 2:
+        draw_ways(axes[count - 1], evals, sets)
     for axis in axes[count:]:
         axis.axis("off")
     figure.tight_layout()
@@ -184,18 +269,81 @@ def draw_run(plt, steps, evals, path):
     plt.close(figure)
 
 
+def draw_ways(axis, evals, sets):
+    """Both students' ways across the two evaluation sets, an arrow per evaluation."""
+    for i, color in ((1, "C0"), (2, "C1")):
+        x, y = ([100 * scores[f"{i}/{name}"] for _, scores in evals
+                 if all(f"{i}/{other}" in scores for other in sets)] for name in sets)
+        axis.plot(x, y, "o", color=color, markersize=3, label=f"student {i}")
+        for start, end in zip(zip(x, y), zip(x[1:], y[1:])):
+            arrow(axis, start, end, color)
+    axis.set(title="the students' ways", xlabel=f"{sets[0]}, %", ylabel=f"{sets[1]}, %")
+    axis.legend(fontsize=7)
+
+
+def arrow(axis, start, end, color):
+    axis.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=color, linewidth=1.2, shrinkA=0,
+                                                  shrinkB=0))
+
+
 # ---- recipes -----------------------------------------------------------------------------------------------
 
+def finished(folder):
+    """(steps, evals) of a run that is finished and evaluated, or None."""
+    found = read_metrics(folder) if (folder / "final").exists() else ([], [])
+    return found if all(found) else None
+
+
+def table_columns(recipe):
+    """{evaluation set: heading} of the recipe's table: each of its columns, or each of them per student."""
+    if not recipe.table:
+        return recipe.columns
+    return {f"{i}/{name}": f"student {i}: {heading}" for i in (1, 2)
+            for name, heading in recipe.columns.items()}
+
+
 def collect(recipe, out, seeds):
-    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], ..}} of a recipe's runs."""
+    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], ..}} of a recipe's runs.
+
+    None stands for a seed that was not run.
+    """
     results = {}
-    for row in recipe.rows:
-        runs = [read_metrics(out / f"seed{seed}" / row) for seed in range(seeds)]
-        results[row] = {
-            "curve": [evals for _, evals in runs],
-            "minutes": [sum(sum(s["seconds"].values()) for s in steps) / 60 for steps, _ in runs],
-            "sampled_tokens": [steps[-1]["sampled_tokens"] for steps, _ in runs]}
+    for row, names in (recipe.table or {row: (row,) for row in recipe.rows}).items():
+        found = [together([finished(out / f"seed{seed}" / name) for name in names]) for seed in range(seeds)]
+        results[row] = dict(zip(("curve", "minutes", "sampled_tokens"), map(list, zip(*found))))
     return results
+
+
+def together(runs):
+    """(curve, minutes, sampled tokens) of one row of one seed.
+
+    Of two runs, the first trained student 1 and the second student 2; their curve is its end.
+    """
+    if None in runs:
+        return None, None, None
+    curve = runs[0][1]
+    if len(runs) > 1:
+        curve = [(0, {f"{i}/{name}": score for i, (_, evals) in enumerate(runs, 1)
+                      for name, score in evals[-1][1].items()})]
+    return (curve, sum(sum(s["seconds"].values()) for steps, _ in runs for s in steps) / 60,
+            sum(steps[-1]["sampled_tokens"] for steps, _ in runs))
+
+
+def pareto(before, after, names):
+    """Whether scores got worse in none of `names` and better in one: OPCoD, definitions A.1 and A.2."""
+    return (all(after[name] >= before[name] for name in names)
+            and any(after[name] > before[name] for name in names))
+
+
+def improvements(recipe, first, curves):
+    """{"1": per seed, "2": .., "both": ..}: Pareto improvement over the table's first row; definition A.3."""
+    found = {"1": [], "2": [], "both": []}
+    for before, after in zip(first, curves):
+        better = [pareto(before[-1][1], after[-1][1], [f"{i}/{name}" for name in recipe.columns])
+                  if before and after else None for i in (1, 2)]
+        for key, value in zip(found, (*better, all(better) if None not in better else None)):
+            found[key].append(value)
+    return found
 
 
 def mean_spread(values):
@@ -207,22 +355,41 @@ def cell(mean, spread):
     return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
 
 
+def over_seeds(values, spread=True):
+    """A cell from a value per seed, None where it was not run."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "not run"
+    few = f", {len(there)} of {len(values)} seeds" * (len(there) < len(values))
+    return (cell(*mean_spread(there)) if spread else f"{statistics.mean(there):.1f}") + few
+
+
 def write_recipe(name, recipe, out, seeds, form):
     """results.json, report.md and curves.png of a recipe, its table on the screen."""
-    results = collect(recipe, out, seeds)
+    results, columns = collect(recipe, out, seeds), table_columns(recipe)
     expected = recipe.expected.get(form, {})
-    header = ["", *recipe.columns.values(), "minutes"]
+    initial = next(iter(recipe.table), None)
+    header = ["", *columns.values(), *["Pareto 1", "Pareto 2", "mutual Pareto"] * bool(initial), "minutes"]
     table, record = [header, ["---"] * len(header)], {}
     for row, found in results.items():
         cells, record[row] = [], {}
-        for i, column in enumerate(recipe.columns):
-            values = [100 * curve[-1][1][column] for curve in found["curve"]]
+        for i, column in enumerate(columns):
+            values = [curve and 100 * curve[-1][1][column] for curve in found["curve"]]
             record[row][column] = values
-            wanted = f" (expected {cell(*expected[row][i])})" if row in expected else ""
-            cells.append(cell(*mean_spread(values)) + wanted)
+            wanted = f" ({recipe.beside} {cell(*expected[row][i])})" if row in expected else ""
+            cells.append(over_seeds(values) + wanted)
+        if initial:
+            record[row]["pareto"] = improvements(recipe, results[initial]["curve"], found["curve"])
+            known = [[v for v in values if v is not None] for values in record[row]["pareto"].values()]
+            cells += [f"{sum(values)}/{len(values)} seeds" if values and row != initial else ""
+                      for values in known]
         record[row] |= {"minutes": found["minutes"], "sampled_tokens": found["sampled_tokens"]}
-        table.append([row, *cells, f"{statistics.mean(found['minutes']):.1f}"])
-    config = json.loads((out / "seed0" / next(iter(recipe.rows)) / "config.json").read_text())
+        table.append([row, *cells, over_seeds(found["minutes"], spread=False)])
+    configs = [path for seed in range(seeds) for row in recipe.rows
+               if (path := out / f"seed{seed}" / row / "config.json").exists()]
+    if not configs:
+        raise ValueError(f"{out} has no run of recipe {name}")
+    config = json.loads(configs[0].read_text())
     about = (f"{recipe.about} Mean ± standard deviation of {seeds} seed(s), training minutes per seed. "
              f"{config['device_name']}, torch {config['versions']['torch']}, "
              f"{form} form.")
@@ -237,7 +404,7 @@ def write_recipe(name, recipe, out, seeds, form):
                     for line in table if line[0] != "---"))
     print(f"\n{out}/report.md  {out}/results.json", end="")
     if plt := pyplot():
-        draw_recipe(plt, recipe, results, out / "curves.png")
+        (draw_students if recipe.table else draw_recipe)(plt, recipe, results, out / "curves.png")
         print(f"  {out}/curves.png", end="")
     print()
 
@@ -249,7 +416,9 @@ def draw_recipe(plt, recipe, results, path):
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     at = lambda scores, sets: 100 * statistics.mean(scores[name] for name in sets)
     for i, (row, found) in enumerate(results.items()):
-        points = list(zip(*found["curve"]))                     # evaluation -> one (step, scores) per seed
+        points = list(zip(*filter(None, found["curve"])))       # evaluation -> one (step, scores) per seed
+        if not points:
+            continue
         x, y = ([[at(scores, sets) for _, scores in point] for point in points] for sets in (x_sets, y_sets))
         mean_x, mean_y = ([statistics.mean(values) for values in axis] for axis in (x, y))
         if row in recipe.references:
@@ -263,6 +432,37 @@ def draw_recipe(plt, recipe, results, path):
     for axis, title in ((way, "the way there"), (ends, "where each ends")):
         axis.set(xlabel=x_title, ylabel=y_title, title=title)
     ends.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_students(plt, recipe, results, path):
+    """A panel per student: an arrow per row from the table's first row to where it ends, means over seeds.
+
+    Above and to the right of the grey lines is a Pareto improvement.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), sharex=True, sharey=True)
+    for i, axis in enumerate(panels, 1):
+        start = None                                        # stays so where the first row was not run
+        for number, (row, found) in enumerate(results.items()):
+            ends = [curve[-1][1] for curve in found["curve"] if curve]
+            if not ends:
+                continue
+            (x, x_spread), (y, y_spread) = (
+                mean_spread([100 * statistics.mean(scores[f"{i}/{s}"] for s in sets) for scores in ends])
+                for sets in recipe.axes.values())
+            color = "black" if number == 0 else f"C{(number - 1) % 10}"
+            axis.errorbar(x, y, xerr=x_spread, yerr=y_spread, fmt="*" if number == 0 else "o", color=color,
+                          markersize=9 if number == 0 else 5, linewidth=1, label=row)
+            if number == 0:
+                start = x, y
+                axis.axvline(x, color="grey", linewidth=0.6)
+                axis.axhline(y, color="grey", linewidth=0.6)
+            elif start:
+                arrow(axis, start, (x, y), color)
+        axis.set(title=f"student {i}", xlabel=next(iter(recipe.axes)), ylabel=list(recipe.axes)[1])
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -71,7 +71,7 @@ def splitter(domain):
         rows = [row for row in rows if question(row) not in tested]
         problems = sorted(set(map(question, rows)), key=digest)
         if len(problems) <= VALIDATION:
-            raise ValueError(f"{len(problems)} {domain} problems beside {len(test)} to test on are too few for "
+            raise ValueError(f"{len(problems)} {domain} problems to train on are too few for "
                              f"{VALIDATION} validation problems")
         if fingerprint(test) != TESTS[domain]:
             print(f"data.convert: the {len(test)} {domain} test problems are not those of SDPO's files: its "
