@@ -163,9 +163,10 @@ def break_table(gates):
 
 def feedback_shares(steps):
     """Per step with feedback: {"step", "branch": its tutor, "kept_feedback": the share that is kept}."""
-    return [{"step": s["step"], "branch": f"from {3 - s['tutee']}",
-             "kept_feedback": s["feedback"].get("kept", 0) / sum(s["feedback"].values())}
-            for s in steps if sum(s.get("feedback", {}).values())]
+    shares = [{"step": s["step"], "branch": f"from {3 - s['tutee']}",
+               "kept_feedback": s["feedback"].get("kept", 0) / sum(s["feedback"].values())}
+              for s in steps if sum(s.get("feedback", {}).values())]
+    return sorted(shares, key=lambda share: share["branch"])        # for the colours: student 1 first
 
 
 def feedback_table(steps):

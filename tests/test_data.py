@@ -235,6 +235,14 @@ def test_sciknoweval_files_that_cannot_be_are_refused_in_one_line(tmp_path, caps
     assert written.keys() == {f"physics_{part}.jsonl" for part in ("train", "val", "test")}
     convert.main([PHYSICS, "--out", str(tmp_path / "o")])               # no network: what is there stays
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(hub_row(i, domain="Chemistry")) + "\n" for i in range(200, 260)))
+    convert.main([PHYSICS, chemistry, "--file", f"chemistry={other}", f"physics={many}",
+                  "--out", str(tmp_path / "two")])
+    for domain, first in (("physics", range(60)), ("chemistry", range(200, 260))):
+        rows = [row for part in ("train", "val", "test")
+                for row in load_prompts(str(tmp_path / "two" / f"{domain}_{part}.jsonl"), domain)]
+        assert {int(text.split()[1].rstrip("?")) for text in texts(rows)} == set(first)
     rows = load_prompts(str(tmp_path / "o" / "physics_val.jsonl"), "physics")
     assert len(rows) == 30 and rows[0]["branch"] == "physics"
 
