@@ -292,6 +292,7 @@ class Objective:
                  sampled-token reverse KL as a policy gradient. CaMOPD, 2605.27115, eq. 1-2.
     temperature  divides both models' logits in the loss (nothing to do with the sampling temperature)
     importance   (low, high) bounds of the importance weight of "pg"
+    cap          for the others: every token's weight is multiplied by `truncated_importance`; None: it is not
     """
     divergence: str | None = None
     label: str | None = None
@@ -301,6 +302,7 @@ class Objective:
     support: str = "full"
     top_k: int | None = None
     importance: tuple = (0.5, 2.0)
+    cap: float | None = None
 
     def __post_init__(self):
         assert (self.divergence is None) != (self.label is None), (self.divergence, self.label)
@@ -315,6 +317,11 @@ def importance_weight(lp_T, sampler_lp_T, low, high):
     """
     w_T = (lp_T - sampler_lp_T).exp()
     return torch.where((w_T >= low) & (w_T <= high), w_T, 0.0)
+
+
+def truncated_importance(lp_T, sampler_lp_T, cap):
+    """sg[min(p_train / p_sampler, cap)]: 1 where the sampler is what is trained. SDPO's code, 2601.20802."""
+    return (lp_T - sampler_lp_T).exp().clamp(max=cap)
 
 
 def policy_gradient_weight(gap_T, lp_T, sampler_lp_T, importance):

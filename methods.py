@@ -10,17 +10,24 @@ of that step back:
             yield [Job(run.student, run.teacher, rollouts, run.objective)]
 
 What a method may use: run.student, run.teacher (the only one) or run.teachers[branch], run.objective,
-run.branches, run.cfg, run.state (JSON, survives a restart), run.steps, run.draw, run.sample, run.references.
+run.branches, run.cfg, run.state (JSON, survives a restart), run.steps, run.draw, run.sample, run.references;
+of a student that teaches itself run.self_teacher(student) and run.templates; of two students run.students,
+run.turn, run.write, run.validate; run.notes for what it wants to see in this step's line of metrics.jsonl.
 
 Letters as in the papers: p the student, q the teacher, y the sampled token; gap = log q(y) - log p(y).
 """
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from data.chat import prompt_text
+from data.feedback import accept, reprompt, told, tutor_prompt
+from data.flags import fail
+from data.graders import complaint
 from losses import DIVERGENCES, Objective
 
 
@@ -31,6 +38,7 @@ class Rollout:
     ids_T: torch.Tensor                     # completion token ids
     logp_T: torch.Tensor | None = None      # log-probabilities as sampled; None = fixed data, off-policy
     teacher_prompt: list | None = None      # what the teacher sees instead; None = the student's prompt
+    text: str = ""                          # the completion without its stop token
     reward: float | None = None             # the grader's verdict, where the prompt has an answer
     lp_T: torch.Tensor | None = None        # log p(y) under the training forward, filled when the loop scores
     gap_T: torch.Tensor | None = None       # log q(y) - log p(y), likewise
@@ -43,7 +51,8 @@ class Job:
     teacher: Any                            # None when the objective needs no teacher
     rollouts: list
     objective: Objective
-    weights: Callable | None = None         # the scored Job -> a tensor per rollout, [T] or []; None = ones
+    weights: Callable | list | None = None  # a number per rollout, known before scoring; or a function of
+    #                                         the scored Job -> a tensor per rollout, [T] or []; None = ones
     hidden_t: list | None = None            # the teacher's states of each rollout, [T, H], from scoring
 
 
@@ -186,12 +195,208 @@ def top_gap_mass(score_B, mass):
     return keep_B
 
 
+# ---- learning from rewards ---------------------------------------------------------------------------------
+
+def grpo(run):
+    """Group-relative policy optimisation, one update per batch: -(1/n) sum_i A_i 1/T_i sum_t w_t log p(y_t).
+
+    A_i = r_i - the mean reward of the rollouts of its prompt. DeepSeekMath, 2402.03300, as the baseline of
+    OPCoD (2606.14368, app. D.3): no division by the standard deviation, no KL, w_t = min(p / p_sampler, 2).
+    """
+    for step in run.steps():
+        rollouts = run.sample(run.student, run.draw())
+        yield jobs_by_branch(run, run.student, None, rollouts, advantages(rollouts))
+
+
+def advantages(rollouts):
+    """A_i of every rollout, times the share that is not 0: GRPO divides by all, the loop by those."""
+    groups = by_prompt(rollouts)
+    mean = {key: sum(r.reward for r in group) / len(group) for key, group in groups.items()}
+    out = [r.reward - mean[prompt_key(r.prompt)] for r in rollouts]
+    return [a * sum(map(bool, out)) / len(out) for a in out]
+
+
+def prompt_key(prompt):
+    return prompt["branch"], prompt["row"]
+
+
+def by_prompt(rollouts):
+    groups = {}
+    for rollout in rollouts:
+        groups.setdefault(prompt_key(rollout.prompt), []).append(rollout)
+    return groups
+
+
+def jobs_by_branch(run, student, teacher, rollouts, weights):
+    """One Job per branch, so that each has its own statistics; they share the step and its normalisation."""
+    weight = {id(rollout): w for rollout, w in zip(rollouts, weights, strict=True)}
+    return [Job(student, teacher, group, run.objective, [weight[id(r)] for r in group])
+            for group in by_branch(rollouts).values()]
+
+
+# ---- learning from oneself ---------------------------------------------------------------------------------
+
+def star(run):
+    """Maximum likelihood on the student's own rationales: it is told the answer and writes how to get there.
+
+    After STaR's rationalisation, 2203.14465: the student as it started writes once per prompt, what does not
+    end in the answer it was told is left out, and the told answer is not part of the prompt it learns from.
+    """
+    written = {}                                                 # (branch, row) -> the rationale
+    for step in run.steps():
+        prompts = run.draw()
+        todo = {prompt_key(p): p for p in prompts if prompt_key(p) not in written}
+        hinted = [p | {"prompt": told(p["prompt"], run.templates, p["answer"])} for p in todo.values()]
+        for p, rollout in zip(todo.values(), run.sample(run.self_teacher(run.student), hinted, n=1)):
+            written[prompt_key(p)] = replace(rollout, prompt=p, logp_T=None)
+        rollouts = [written[prompt_key(p)] for p in prompts]
+        yield jobs_by_branch(run, run.student, None, rollouts, [float(r.reward == 1) for r in rollouts])
+
+
+def opsd(run):
+    """On-policy self-distillation: the teacher is the student as it started, and sees the reference solution.
+
+    Zhao et al., 2601.18734; the divergence over the full vocabulary, without their clip of single entries.
+    """
+    for step in run.steps():
+        rollouts = run.sample(run.student, run.draw())
+        yield self_taught(run, run.student, rollouts, [r.prompt["solution"] for r in rollouts])
+
+
+def sdpo(run):
+    """Self-distillation policy optimisation: the teacher is the student that sees how it can be done.
+
+    Hübotter et al., 2601.20802. It sees another rollout of the student's own that is correct, or else what
+    the environment had to say, here that an answer cannot be graded. Rollouts with neither have no loss.
+    """
+    for step in run.steps():
+        rollouts = run.sample(run.student, run.draw())
+        solutions = demonstrations(run, rollouts)
+        environment = [None if s or run.cfg.no_environment else complaint(r.prompt["grader"], r.text)
+                       for r, s in zip(rollouts, solutions)]
+        yield self_taught(run, run.student, rollouts, solutions, environment)
+
+
+def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
+    """Jobs with the student's self-teacher, which sees what is given here beside each rollout's prompt."""
+    nothing = [None] * len(rollouts)
+    for r, *given in zip(rollouts, solutions, environment or nothing, peer or nothing, strict=True):
+        r.teacher_prompt = reprompt(r.prompt["prompt"], run.templates, *given)
+    informed = [float(r.teacher_prompt is not None) for r in rollouts]
+    return jobs_by_branch(run, student, run.self_teacher(student), rollouts, informed)
+
+
+def demonstrations(run, rollouts):
+    """For every rollout the earliest correct one of its prompt, but not itself; None where there is none."""
+    correct = {key: [r for r in group if r.reward == 1] for key, group in by_prompt(rollouts).items()}
+    run.notes["solved"] = sum(map(bool, correct.values())) / len(correct)
+    return [next((other.text for other in correct[prompt_key(r.prompt)] if other is not r), None)
+            for r in rollouts]
+
+
+# ---- learning from each other ------------------------------------------------------------------------------
+
+def opcod(run):
+    """On-policy co-distillation: two students, each its own teacher with the other's feedback. 2606.14368.
+
+        for round in 1 .. R:
+          Delta_i = sum_d (s*_d - s_d^i) / s*_d        on validation prompts; s*_d the better of both  (eq. 2)
+          for tutee in 1, 2; the other is its tutor, and does not change meanwhile:
+            K times:
+              y_1 .. y_n ~ p(. | x)
+              s   the earliest correct of them, or nothing
+              f_j ~ tutor(. | x, y_j), anchored, sanitised, filtered   if Delta_tutor <= tau, else nothing
+              L = 1/|y| sum_t D(p(. | x, y_<t) || sg p(. | x, s, f, y_<t))                             (eq. 1)
+
+    The first student is called the specialist of the first branch, the second of the second. A tutor is
+    the model at the start of the phase (the paper's app. D; its alg. 1 takes the start of the round).
+    A rollout is not its own s, as in SDPO.
+    """
+    phase = run.cfg.steps // run.cfg.rounds                      # K
+    for step in run.steps():
+        which, within = divmod(step, phase)
+        tutee, tutor = run.students[which % 2], run.students[1 - which % 2]
+        run.turn(tutee)
+        if which % 2 == 0 and within == 0:
+            run.state["gate"] = {"round": which // 2} | cognizance(run)
+            run.notes["gate"] = run.state["gate"]
+        rollouts = run.sample(tutee, run.draw())
+        solutions = demonstrations(run, rollouts)
+        heard = [r for r in rollouts if speaks(run, tutor, r.prompt["branch"])]
+        kept = dict(zip(map(id, heard), feedback(run, tutor, tutee, heard)))
+        run.notes["tutee"] = run.students.index(tutee) + 1
+        yield self_taught(run, tutee, rollouts, solutions, peer=[kept.get(id(r)) for r in rollouts])
+
+
+def cognizance(run):
+    """Both students' validation scores, their cognizance gaps and who may be a tutor in this round.
+
+    With --break_prompts also how many correct rollouts each one's feedback breaks, whatever the gate says.
+    """
+    scores = [run.validate(student) for student in run.students]
+    for domain in run.branches:
+        if run.state["step"] == 0 and not any(s[domain] for s in scores):
+            fail(f"neither student answers a prompt of --val_prompts {domain} correctly, so their scores say "
+                 f"nothing: look at its grader, the students, or --max_new_tokens {run.cfg.max_new_tokens}")
+    gaps = cognizance_gaps(scores)
+    gate = {"scores": scores, "gaps": gaps, "cognizant": [gap <= run.cfg.tau for gap in gaps]}
+    return gate | ({"broken": [broken(run, *pair) for pair in (run.students, run.students[::-1])]}
+                   if run.cfg.break_prompts else {})
+
+
+def cognizance_gaps(scores):
+    """Delta_i = sum_d (s*_d - s_d^i) / s*_d, s*_d the best score on domain d. OPCoD 2606.14368, eq. 2."""
+    best = {domain: max(s[domain] for s in scores) for domain in scores[0]}
+    return [sum((best[domain] - s[domain]) / best[domain] for domain in best if best[domain]) for s in scores]
+
+
+def speaks(run, tutor, domain):
+    """Whether a tutor gives feedback on a domain's prompts: the four strategies of OPCoD's fig. 7."""
+    i, gate = run.students.index(tutor), run.state["gate"]
+    strongest = gate["scores"][i][domain] >= gate["scores"][1 - i][domain]
+    return {"cognizance": gate["cognizant"][i], "always": True, "never": False,
+            "selective": gate["cognizant"][i] or strongest}[run.cfg.gate]
+
+
+def feedback(run, tutor, tutee, rollouts):
+    """What the tutor says about each of the tutee's rollouts and may be passed on, else None. App. C."""
+    domain = dict(zip(map(id, run.students), run.branches))
+    texts = run.write(tutor, [tutor_prompt(r.prompt["prompt"], r.text, run.templates, domain[id(tutor)],
+                                           domain[id(tutee)], not run.cfg.no_anchor) for r in rollouts])
+    judged = [accept(text, prompt_text(r.prompt["prompt"]), not run.cfg.no_anchor, finished=finished)
+              for r, (text, finished) in zip(rollouts, texts)]
+    run.notes["feedback"] = Counter(outcome for _, outcome in judged)
+    return [kept for kept, _ in judged]
+
+
+def broken(run, tutor, tutee):
+    """How many of the tutee's correct validation rollouts its self-teacher gets wrong with feedback. App. E.
+
+    broken_without: how many it gets wrong without, from the same demonstrations; the paper does not say.
+    """
+    with run.aside():
+        rollouts = run.sample(tutee, run.validation(run.cfg.break_prompts))
+        pairs = [(r, s) for r, s in zip(rollouts, demonstrations(run, rollouts)) if r.reward == 1]
+        heard, wrong = feedback(run, tutor, tutee, [r for r, _ in pairs]), []
+        for peer in (heard, [None] * len(pairs)):
+            seen = [r.prompt | {"prompt": reprompt(r.prompt["prompt"], run.templates, s, None, f)
+                                or r.prompt["prompt"]} for (r, s), f in zip(pairs, peer)]
+            answers = run.sample(run.self_teacher(tutee), seen, n=1)
+            wrong.append(sum(answer.reward < 1 for answer in answers))
+    return {"correct": len(pairs), "broken": wrong[0], "broken_without": wrong[1]}
+
+
 @dataclass(frozen=True)
 class Method:
     steps: Callable                         # the generator
     losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
     solutions: bool = False                 # learns from the prompt files' `solution`s
     samples: bool = True                    # generates completions of the training prompts
+    graded: bool = False                    # needs the prompts' answers
+    teachers: bool = True                   # --teachers, one for every branch
+    students: int = 1
+    support: dict = field(default_factory=dict)     # its own support and top_k
+    flags: dict = field(default_factory=dict)       # flags that not every method reads -> this one's default
 
 
 def any_divergence(first, *others):
@@ -199,12 +404,27 @@ def any_divergence(first, *others):
     return tuple(dict.fromkeys([first, *DIVERGENCES, *others]))
 
 
+ONE = dict(rollouts=1)
+GRPO = dict(rollouts=8, importance_cap=2.0)                      # OPCoD 2606.14368, tables 4 and 6
+SDPO = GRPO | dict(self_teacher="ema", ema_rate=0.05, templates=None)
+TOP_100 = dict(support="student_tail", top_k=100)
+
 METHODS = {
-    "sft": Method(sft, ("nll",), solutions=True, samples=False),
+    "sft": Method(sft, ("nll",), solutions=True, samples=False, teachers=False),
     "seqkd": Method(seqkd, ("nll",)),
     "kd": Method(kd, any_divergence("fkl"), solutions=True, samples=False),
-    "gkd": Method(gkd, any_divergence("jsd"), solutions=True),
-    "opd": Method(opd, any_divergence("rkl", "pg")),
-    "mopd": Method(mopd, any_divergence("pg")),
-    "camopd": Method(camopd, any_divergence("pg")),
+    "gkd": Method(gkd, any_divergence("jsd"), solutions=True, flags=ONE | dict(gkd_lambda=0.5)),
+    "opd": Method(opd, any_divergence("rkl", "pg"), flags=ONE),
+    "mopd": Method(mopd, any_divergence("pg"), flags=ONE),
+    "camopd": Method(camopd, any_divergence("pg"), flags=ONE | dict(schedule=None, mass=None, scale=None)),
+    "grpo": Method(grpo, ("nll",), graded=True, teachers=False, flags=GRPO),
+    "star": Method(star, ("nll",), graded=True, teachers=False,
+                   flags=dict(self_teacher="frozen", templates=None)),
+    "opsd": Method(opsd, any_divergence("jsd"), solutions=True, teachers=False,
+                   flags=ONE | dict(self_teacher="frozen", ema_rate=0.05, templates=None)),
+    "sdpo": Method(sdpo, any_divergence("jsd"), graded=True, teachers=False, support=TOP_100,
+                   flags=SDPO | dict(no_environment=False)),
+    "opcod": Method(opcod, any_divergence("jsd"), graded=True, teachers=False, students=2, support=TOP_100,
+                    flags=SDPO | dict(rounds=2, tau=0.2, gate="cognizance", gate_rollouts=16, break_prompts=8,
+                                      no_anchor=False, feedback_tokens=1024, val_prompts=None)),
 }

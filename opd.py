@@ -17,10 +17,8 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import random
 import re
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -31,13 +29,14 @@ import transformers
 from tqdm import tqdm
 
 from data import flags, models, preflight, recipes, report      # before the model classes: data/__init__.py
-from data.chat import (encode_completion, encode_prompt, load_prompts, may_think, prompt_text,
-                       reads_nothing)
-from data.files import atomic_folder, read_lines, recover, write_file
+from data.chat import encode_completion, encode_prompt, load_prompts, may_think, prompt_text
+from data.feedback import Templates, read_templates
+from data.files import atomic_folder, find_checkpoint, read_lines, write_config, write_file
 from data.flags import fail
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
-from losses import DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at
+from losses import (DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at,
+                    truncated_importance)
 from methods import METHODS, Rollout, by_branch
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopPLogitsWarper)
@@ -73,12 +72,13 @@ class OnlyKnownTokens(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model, prompts, cfg, temperature):
+def generate(model, prompts, cfg, temperature, top_p=None, max_new_tokens=None):
     """Complete prompts (lists of token ids). Returns [(ids_T, logp_T)], each cut after its first stop token.
 
     temperature 0 is greedy, with logp_T None. Otherwise logp_T is under the distribution that was sampled
     from, that is with temperature and top_p applied.
     """
+    top_p, max_new_tokens = top_p or cfg.top_p, max_new_tokens or cfg.max_new_tokens
     out = []
     for start in tqdm(range(0, len(prompts), cfg.sample_batch), "sample", leave=False,
                       disable=len(prompts) <= cfg.sample_batch):
@@ -90,12 +90,12 @@ def generate(model, prompts, cfg, temperature):
         processors = LogitsProcessorList([OnlyKnownTokens(model.vocab)])
         if temperature > 0:
             processors += [TemperatureLogitsWarper(temperature)] * (temperature != 1)
-            processors += [TopPLogitsWarper(cfg.top_p)] * (cfg.top_p < 1) + [recorder]
+            processors += [TopPLogitsWarper(top_p)] * (top_p < 1) + [recorder]
         with model.running():
             ids_BT = model.net.generate(
                 ids_BP, attention_mask=mask_BP, logits_processor=processors,
                 generation_config=GenerationConfig(
-                    max_new_tokens=cfg.max_new_tokens, eos_token_id=model.stops, pad_token_id=model.stops[0],
+                    max_new_tokens=max_new_tokens, eos_token_id=model.stops, pad_token_id=model.stops[0],
                     **(dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if temperature > 0 else {})))
         if temperature > 0:
             recorder.take(ids_BT)
@@ -107,9 +107,9 @@ def generate(model, prompts, cfg, temperature):
     return out
 
 
-def rollout_text(model, rollout):
+def completion_text(model, ids_T):
     """The completion as text, without the stop token. Special tokens within it (thinking tags) stay."""
-    ids = rollout.ids_T.tolist()
+    ids = ids_T.tolist()
     return model.tok.decode(ids[:-1] if ids[-1] in model.stops else ids)
 
 
@@ -185,17 +185,21 @@ def score(job, cfg):
     """What the teacher has to say about a Job's rollouts, all of it, so that the update needs no teacher.
 
     Fills job.hidden_t, the teacher's states in main memory, for a divergence, and lp_T = log p(y) and
-    gap_T = log q(y) - log p(y) of every rollout where weights or objective will ask for them.
+    gap_T = log q(y) - log p(y) of every rollout where weights or objective will ask for them. A rollout whose
+    weight is known to be 0 is not read.
     """
     student, teacher, objective, rollouts = job.student, job.teacher, job.objective, job.rollouts
     if teacher is None:
         return
-    asked = job.weights is not None or objective.label == "pg"
+    asked = callable(job.weights) or objective.label == "pg"
     assert objective.label != "pg" or all(r.logp_T is not None for r in rollouts), "pg needs sampled rollouts"
     job.hidden_t = [None] * len(rollouts)
+    known = job.weights if isinstance(job.weights, list) else [1] * len(rollouts)
+    read = [i for i, weight in enumerate(known) if weight]
     with teacher.present():
         head_t_VH = teacher.head_VH.to(student.device) if asked else None
-        for group, hidden_NH in passes(teacher, rollouts, cfg, teacher=True):
+        for group, hidden_NH in passes(teacher, [rollouts[i] for i in read], cfg, teacher=True):
+            group = [read[i] for i in group]
             some = [rollouts[i] for i in group]
             if asked:
                 for r, lq_T in zip(some, token_log_probs(
@@ -218,7 +222,7 @@ def weigh(jobs):
     """
     weights, kept = [], {}
     for job in jobs:
-        given = job.weights(job) if job.weights else [1.0] * len(job.rollouts)
+        given = job.weights(job) if callable(job.weights) else job.weights or [1.0] * len(job.rollouts)
         weights.append([torch.as_tensor(w, dtype=torch.float64, device=r.ids_T.device).expand(len(r.ids_T))
                         for w, r in zip(given, job.rollouts, strict=True)])
         kept[job.student] = kept.get(job.student, 0) + sum(bool(w_T.any()) for w_T in weights[-1])
@@ -231,7 +235,7 @@ def backward(job, weights, cfg):
     """Add a Job's gradient to its student. Returns (loss, stats: name -> tensor over the weighted tokens)."""
     student, teacher, objective = job.student, job.teacher, job.objective
     kept = [i for i, w_T in enumerate(weights) if w_T.any()]
-    head_t_VH = teacher.head_VH.to(student.device) if objective.divergence else None
+    head_t_VH = teacher.head_VH.detach().to(student.device) if objective.divergence else None
     total, collected = 0.0, {}
     for group, prompts in batches(student, [job.rollouts[i] for i in kept], cfg):
         group = [kept[i] for i in group]
@@ -240,6 +244,11 @@ def backward(job, weights, cfg):
         weight_N, labels_N = torch.cat([weights[i] for i in group]), torch.cat(ids)
         hidden_NH, head_VH = completion_hidden(student, prompts, ids), student.head_VH
         common = dict(temperature=objective.temperature, vocab=student.vocab)
+        if objective.cap and all(r.logp_T is not None for r in some):
+            with torch.no_grad():
+                lps = token_log_probs(hidden_NH, head_VH, some, softcap=student.softcap, **common)
+            weight_N = weight_N * torch.cat([truncated_importance(lp_T, r.logp_T, objective.cap)
+                                             for lp_T, r in zip(lps, some)])
         if objective.label:
             if objective.label == "pg":
                 weight_N = weight_N * torch.cat([
@@ -253,8 +262,8 @@ def backward(job, weights, cfg):
                 knob=objective.knob, target=objective.target, support=objective.support,
                 top_k=objective.top_k, labels_N=labels_N, softcap_s=student.softcap,
                 softcap_t=teacher.softcap, **common)
-            if job.weights is None and cfg.target == "teacher" and objective.target == (1.0, 0.0):
-                # Not scored, but every token has passed and logprob_t is the teacher's: the gap for free.
+            if not callable(job.weights) and cfg.target == "teacher" and objective.target == (1.0, 0.0):
+                # Not scored, but all tokens have passed and logprob_t is the teacher's: the gap for free.
                 for r, lp_T, lq_T in zip(some, *(stats[k].split(lengths)
                                                  for k in ("logprob_s", "logprob_t"))):
                     r.lp_T, r.gap_T = lp_T, lq_T - lp_T
@@ -293,25 +302,30 @@ def learning_rate(cfg, step):
 
 def update(run, jobs, weights):
     """Gradients of all Jobs, then one step of every distinct student. Returns the statistics of the step."""
-    cfg, step = run.cfg, run.state["step"]
+    cfg, step, updates = run.cfg, run.state["step"], run.state["updates"]
     losses, stats = zip(*(backward(job, w, cfg) for job, w in zip(jobs, weights)))
     norm = 0.0
     for student in dict.fromkeys(job.student for job in jobs):
+        which = run.students.index(student)
+        lr = learning_rate(cfg, updates[which])
         norm += torch.nn.utils.clip_grad_norm_(student.net.parameters(), cfg.grad_clip or math.inf).item()
         if not math.isfinite(norm + sum(losses)):
             fail(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; lower --lr or "
                  f"look at the data. What {run.out} holds is intact")
         for optimizer in student.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        updates[which] += 1
+        if student.average:
+            models.follow(student.average, cfg.ema_rate)
     rollouts = [r for job in jobs for r in job.rollouts]
     whole = describe(rollouts, [w_T for ws in weights for w_T in ws], stats, jobs)
     parts = {job.rollouts[0].prompt["branch"]: describe(job.rollouts, ws, [s], jobs)
              for job, ws, s in zip(jobs, weights, stats)}
     return {"step": step, "branch": "+".join(by_branch(rollouts)), "loss": sum(losses), "grad_norm": norm,
-            "lr": learning_rate(cfg, step), **whole, **({"branches": parts} if len(jobs) > 1 else {})}
+            "lr": lr, **whole, **({"branches": parts} if len(jobs) > 1 else {})}
 
 
 def describe(rollouts, weights, stats, jobs):
@@ -342,23 +356,71 @@ class Run:
         cfg.prompts_sha256 = {branch: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
                               for branch, rows in self.prompts.items()}
         checkpoint = find_checkpoint(cfg)
-        self.student = models.load(cfg.student, cfg, learns=True, weights=checkpoint)
-        self.student.optimizers = build_optimizers(self.student, cfg)
+        self.vals = {branch: load_prompts(path, branch) for branch, path in (cfg.val_prompts or {}).items()}
+        self.templates = read_templates(cfg.templates) if cfg.templates else Templates()
+        folders = self.places(checkpoint) if checkpoint else [None] * len(cfg.student)
+        self.students = [self.load_student(path, folder) for path, folder in zip(cfg.student, folders)]
+        self.student = self.students[0]
         thinks = may_think(self.student.tok, cfg.chat_template_kwargs)
         cfg.max_new_tokens = cfg.max_new_tokens or (2048 if thinks else 512)
-        distinct = {path: models.without_adapter(self.student) if cfg.lora_rank and path == cfg.student
-                    else models.load(path, cfg) for path in dict.fromkeys(cfg.teachers.values())}
-        for teacher in distinct.values():
-            models.share_tokens(self.student, teacher)
-        for teacher in distinct.values():
-            models.share_stops(self.student, teacher)
+        distinct = {path: self.before(self.student, path) for path in dict.fromkeys(cfg.teachers.values())}
+        others = [*self.students[1:], *distinct.values()]
+        for other in others:
+            models.share_tokens(self.student, other)
+        for other in others:
+            models.share_stops(self.student, other)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
-        self.state = {"step": 0, "cursor": dict.fromkeys(self.branches, 0), "sampled_tokens": 0}
+        self.self_teachers = [self.teach_oneself(student) for student in self.students]
+        self.state = {"step": 0, "updates": [0] * len(self.students), "sampled_tokens": 0,
+                      "cursor": dict.fromkeys(self.branches, 0)}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
-        self.longest_prompt, self.longest_completion = check_prompts(self)      # in tokens
+        self.notes = {}                                         # what a method adds to a step's metrics
+        self.longest_prompt, self.longest_completion, self.longest_read = preflight.check_prompts(self)
         if checkpoint and not cfg.dry_run:
             self.restore(checkpoint)
+
+    # -- the models
+
+    def load_student(self, path, weights):
+        student = models.load(path, self.cfg, learns=True, weights=weights)
+        student.optimizers = build_optimizers(student, self.cfg)
+        if len(self.cfg.student) > 1 and self.cfg.teacher_device == "swap" and not self.cfg.dry_run:
+            models.rest(student)
+        return student
+
+    def before(self, student, path):
+        """A frozen teacher; one that the student was before its adapter takes no memory."""
+        return (models.without_adapter(student) if self.cfg.lora_rank and path == student.path
+                else models.load(path, self.cfg))
+
+    def teach_oneself(self, student):
+        """A student's self-teacher as --self_teacher says; None where the method has none."""
+        kind = self.cfg.self_teacher
+        if kind == "ema":
+            student.average = models.average(student, self.cfg)
+            return student.average
+        if kind == "frozen":
+            start = self.before(student, student.path)
+            models.share_stops(student, start)
+            return start
+        return student if kind == "live" else None
+
+    def self_teacher(self, student):
+        return self.self_teachers[self.students.index(student)]
+
+    def turn(self, tutee):
+        """Before a phase: with --teacher_device swap only the student that learns is on the GPU."""
+        for student in self.students:
+            if self.cfg.teacher_device == "swap" and student.swapped != (student is not tutee):
+                (models.wake if student is tutee else models.rest)(student)
+
+    def places(self, folder):
+        """Where in a folder each student lies: in it, or where there are two, in its 1 and 2."""
+        two = len(self.cfg.student) > 1
+        return [folder / str(i) if two else folder for i in range(1, len(self.cfg.student) + 1)]
+
+    # -- what a method asks for
 
     @property
     def branches(self):
@@ -373,15 +435,20 @@ class Run:
     def objective(self):
         """The objective of the current step: the target moves with the training."""
         cfg = self.cfg
-        done = self.state["step"] / (cfg.steps - 1) if cfg.steps > 1 else 1.0
+        done = self.state["step"] / (self.total - 1) if self.total > 1 else 1.0
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg), top_k=cfg.top_k,
                        support=cfg.support, target=target_at(cfg.target, start, done),
-                       importance=tuple(cfg.importance))
+                       importance=tuple(cfg.importance), cap=cfg.importance_cap or None)
+
+    @property
+    def total(self):
+        """Steps of the loop: --steps for each student, as two students learn in turn."""
+        return self.cfg.steps * len(self.students)
 
     def steps(self):
         """The steps still to do. The loop counts them: a method may yield several lists of Jobs per round."""
-        while self.state["step"] < self.cfg.steps:
+        while self.state["step"] < self.total:
             yield self.state["step"]
 
     def draw(self, branch=None):
@@ -394,39 +461,81 @@ class Run:
             self.state["cursor"][branch] += count
         return out
 
-    def sample(self, model, prompts, n=None, temperature=None):
+    def sample(self, model, prompts, n=None, temperature=None, top_p=None):
         """n rollouts of every prompt (default --rollouts), graded where the prompt has an answer."""
         if not prompts:
             return []
         n, temperature = n or self.cfg.rollouts, self.cfg.temperature if temperature is None else temperature
         prompts = [prompt for prompt in prompts for _ in range(n)]
-        with self.timed("sample"), model.present():
-            ids = [encode_prompt(model.tok, prompt["prompt"], self.cfg.chat_template_kwargs)
-                   for prompt in prompts]
-            completions = generate(model, ids, self.cfg, temperature)
-            rollouts = [Rollout(prompt, ids_T.to(self.student.device), logp_T)
+        with self.timed("sample"):
+            completions = self.complete(model, [prompt["prompt"] for prompt in prompts], temperature, top_p)
+            rollouts = [Rollout(prompt, ids_T.to(self.student.device), logp_T,
+                                text=completion_text(model, ids_T))
                         for prompt, (ids_T, logp_T) in zip(prompts, completions, strict=True)]
             for r in rollouts:
                 if "answer" in r.prompt:
-                    r.reward = grade(r.prompt["grader"], rollout_text(model, r), r.prompt["answer"])
-        if model is self.student:
+                    r.reward = grade(r.prompt["grader"], r.text, r.prompt["answer"])
+        if any(model is student for student in self.students):
             self.state["sampled_tokens"] += sum(len(r.ids_T) for r in rollouts)
         return rollouts
+
+    def write(self, model, prompts):
+        """What a tutor writes: a (text, whether it came to its end) for each prompt."""
+        if not prompts:
+            return []
+        with self.timed("feedback"):
+            completions = self.complete(model, prompts, self.cfg.temperature,
+                                        max_new_tokens=self.cfg.feedback_tokens)
+        return [(completion_text(model, ids_T), ids_T[-1].item() in model.stops) for ids_T, _ in completions]
+
+    def complete(self, model, prompts, temperature, top_p=None, max_new_tokens=None):
+        with model.present():
+            ids = [encode_prompt(model.tok, prompt, self.cfg.chat_template_kwargs) for prompt in prompts]
+            return generate(model, ids, self.cfg, temperature, top_p, max_new_tokens)
 
     def references(self, prompts):
         """The prompts' own `solution`s as rollouts: fixed data, closed by EOS."""
         tok, device = self.student.tok, self.student.device
-        return [Rollout(prompt, torch.tensor(encode_completion(tok, prompt["solution"]), device=device))
-                for prompt in prompts]
+        return [Rollout(prompt, torch.tensor(encode_completion(tok, prompt["solution"]), device=device),
+                        text=prompt["solution"]) for prompt in prompts]
 
-    def evaluate(self, model):
-        """Mean reward per --eval_prompts set. Clock, counters and the next step's randomness are kept."""
-        clock, spent = dict(self.clock), self.state["sampled_tokens"]
-        torch.manual_seed(self.cfg.seed)
-        rollouts = {name: self.sample(model, prompts, self.cfg.eval_rollouts, self.cfg.eval_temperature)
-                    for name, prompts in self.evals.items()}
-        self.clock, self.state["sampled_tokens"] = clock, spent
+    def evaluate(self):
+        """Mean reward per --eval_prompts set, of two students as "1/SET" and "2/SET"."""
+        scores = [self.rewards(student, self.evals, self.cfg.eval_rollouts) for student in self.students]
+        if len(scores) == 1:
+            return scores[0]
+        return {f"{i}/{name}": x for i, named in enumerate(scores, 1) for name, x in named.items()}
+
+    def validate(self, student):
+        """{branch: mean reward} on --val_prompts, which the gate of opcod compares."""
+        return self.rewards(student, self.vals, self.cfg.gate_rollouts, "gate")
+
+    def validation(self, count):
+        """The first `count` validation prompts of every branch."""
+        return [prompt for prompts in self.vals.values() for prompt in prompts[:count]]
+
+    def rewards(self, model, sets, n, name=None):
+        cfg = self.cfg
+        with self.aside(name):
+            rollouts = {name: self.sample(model, prompts, n, cfg.eval_temperature, cfg.eval_top_p)
+                        for name, prompts in sets.items()}
         return {name: sum(r.reward for r in rs) / len(rs) for name, rs in rollouts.items()}
+
+    @contextlib.contextmanager
+    def aside(self, name=None):
+        """Measurements beside the training: clock, counters, notes and randomness are kept.
+
+        Every one has the same randomness. With a name its seconds count as that part of the step.
+        """
+        clock, notes, spent = dict(self.clock), dict(self.notes), self.state["sampled_tokens"]
+        on_gpu = [self.student.device] if self.student.device.type == "cuda" else []
+        started = time.perf_counter()
+        with torch.random.fork_rng(on_gpu):
+            torch.manual_seed(self.cfg.seed)
+            yield
+        self.clock, self.notes, self.state["sampled_tokens"] = clock, notes, spent
+        if name:
+            self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - started
 
     @contextlib.contextmanager
     def timed(self, name):
@@ -449,8 +558,8 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):     # a run that died before its first checkpoint
                 if (self.out / name).exists():
                     (self.out / name).replace(self.out / f"{name}.old")
-            self.log("metrics", {"step": -1, "eval": self.evaluate(self.student)})
-        if self.state["step"] >= self.cfg.steps:
+            self.log("metrics", {"step": -1, "eval": self.evaluate()})
+        if self.state["step"] >= self.total:
             tqdm.write(f"{self.out} has done its {self.state['step']} steps; more --steps go on from there")
 
     def record(self, jobs, weights, stats):
@@ -460,23 +569,25 @@ class Run:
             for r, w_T in list(zip(job.rollouts, ws))[:cfg.log_samples]:
                 self.log("samples", {
                     "step": state["step"], "branch": r.prompt["branch"],
-                    "prompt": prompt_text(r.prompt["prompt"]), "completion": rollout_text(job.student, r),
+                    "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
+                    **({"teacher_sees": prompt_text(r.teacher_prompt)} if r.teacher_prompt else {}),
                     "reward": r.reward, "selected": bool(w_T.any()),
                     "gap": None if r.gap_T is None else r.gap_T.mean().item()})
         if state["step"] == 0 and stats["cut"] > 0.5:
             tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
                        f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
         state["step"] += 1
-        due = lambda every: state["step"] == cfg.steps or (every and state["step"] % every == 0)
+        due = lambda every: state["step"] == self.total or (every and state["step"] % every == 0)
         if due(cfg.eval_every):
-            stats["eval"] = self.evaluate(self.student)
+            stats["eval"] = self.evaluate()
         parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
         stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
                   **({"memory_gib_by_part": parts} if parts else {}),
                   "sampled_tokens": state["sampled_tokens"]}
-        self.clock, self.peaks = {}, {}
+        stats |= self.notes
+        self.clock, self.peaks, self.notes = {}, {}, {}
         self.log("metrics", stats)
-        tqdm.write(step_line(cfg, stats), file=sys.stdout)
+        tqdm.write(step_line(self, stats), file=sys.stdout)
         if due(cfg.save_every):
             self.save()
 
@@ -487,19 +598,24 @@ class Run:
     def save(self):
         """checkpoint/: everything a restart needs. A kill while it is written leaves the one before."""
         with atomic_folder(self.out / "checkpoint") as folder:
-            models.save_model(self.student, folder)
-            torch.save({"optimizers": [o.state_dict() for o in self.student.optimizers], "state": self.state},
+            for student, place in zip(self.students, self.places(folder)):
+                models.save_model(student, place)
+            torch.save({"optimizers": [[o.state_dict() for o in s.optimizers] for s in self.students],
+                        "averages": [averaged(s) for s in self.students], "state": self.state},
                        folder / "trainer.pt")
 
     def restore(self, checkpoint):
         with models.reading(checkpoint):
             saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         self.state = saved["state"]
-        for optimizer, state in zip(self.student.optimizers, saved["optimizers"], strict=True):
-            fused = [group.get("fused") for group in optimizer.param_groups]    # may come from another device
-            optimizer.load_state_dict(state)
-            for group, here in zip(optimizer.param_groups, fused):
-                group["fused"] = here
+        for student, states, values in zip(self.students, saved["optimizers"], saved["averages"]):
+            for optimizer, state in zip(student.optimizers, states, strict=True):
+                fused = [group.get("fused") for group in optimizer.param_groups]
+                optimizer.load_state_dict(state)
+                for group, here in zip(optimizer.param_groups, fused):
+                    group["fused"] = here                       # the state may come from another device
+            for value, then in zip(averaged(student), values, strict=True):
+                value.copy_(then)
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():                                   # forget what the lost steps wrote
                 kept = [line for line in read_lines(path) if line["step"] < self.state["step"]]
@@ -508,23 +624,31 @@ class Run:
     def save_final(self):
         """final/: a plain folder that from_pretrained loads, in the run's dtype. Ends the training.
 
-        An adapter is merged into it, and lies beside it in adapter/ as peft loads it.
+        An adapter is merged into it, and lies beside it in adapter/ as peft loads it. Two students lie in
+        final/1 and final/2.
         """
         if self.student.adapter:
             with atomic_folder(self.out / "adapter") as folder:
-                models.save_model(self.student, folder)
-            models.merge(self.student)
-        self.student.net.to(self.student.dtype)
+                for student, place in zip(self.students, self.places(folder)):
+                    models.save_model(student, place)
         with atomic_folder(self.out / "final") as folder:
-            models.save_model(self.student, folder)
-            self.student.tok.save_pretrained(folder)
+            for student, place in zip(self.students, self.places(folder)):
+                if student.adapter:
+                    models.merge(student)
+                student.net.to(student.dtype)
+                models.save_model(student, place)
+                student.tok.save_pretrained(place)
+
+
+def averaged(student):
+    return list(student.average.values.values()) if student.average else []
 
 
 def train(run):
     """The loop. It never asks which method it runs."""
     method, stats = run.method.steps(run), None
     run.begin()
-    with tqdm(total=run.cfg.steps, initial=run.state["step"], desc=run.cfg.out, unit="step") as progress:
+    with tqdm(total=run.total, initial=run.state["step"], desc=run.cfg.out, unit="step") as progress:
         while jobs := advance(run, method, stats):      # sample: the method asks for rollouts, yields Jobs
             if stats is None:
                 check_start(run, jobs[0])
@@ -549,14 +673,20 @@ def advance(run, method, stats):
         return None
 
 
-def step_line(cfg, s):
+def step_line(run, s):
     """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
-    parts = [f"step {s['step'] + 1}/{cfg.steps} {s['branch']}"]
+    cfg, parts = run.cfg, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
+    parts += [f"student {s['tutee']}"] if "tutee" in s else []
     parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
-    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" else []
+    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" and "logprob_s" in s else []
     parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
     parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
     parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
+    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
+    parts += [f"feedback {s['feedback'].get('kept', 0)}/{total}"
+              ] if (total := sum(s.get("feedback", {}).values())) else []
+    for i, (gap, may) in enumerate(zip(s["gate"]["gaps"], s["gate"]["cognizant"]), 1) if "gate" in s else ():
+        parts += [f"student {i} {'may' if may else 'may not'} tutor (gap {gap:.2f})"]
     times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
     parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
     parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
@@ -575,7 +705,7 @@ def check_start(run, job):
 
     The KL is between two rollouts in one padded forward and the same two alone, so it also sees padding leak.
     """
-    student, cfg, exact = run.student, run.cfg, run.student.dtype == torch.float32
+    student, cfg, exact = job.student, run.cfg, job.student.dtype == torch.float32
     some = sorted(job.rollouts[:8], key=lambda r: len(r.ids_T))
     pair = [(rollout_prompt(student, r, cfg), r.ids_T) for r in some[:2]]
     together_NH = completion_hidden(student, *map(list, zip(*pair)))
@@ -600,105 +730,6 @@ def check_start(run, job):
 
 
 # ---- setting up --------------------------------------------------------------------------------------------
-
-def find_checkpoint(cfg):
-    """The folder to resume from, or None to start afresh. Whatever else --out holds is left alone."""
-    out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint"
-    if out.exists() and not out.is_dir():
-        fail(f"--out {out} is a file; it must be a folder")
-    before = read_config(out)
-    if before is None:
-        if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
-            fail(f"--out {out} holds other files and no run; choose another --out")
-        return None
-    if not cfg.resume:
-        fail(f"{out} holds a run already: add --resume to continue it, or choose another --out")
-    if not recover(checkpoint, cfg.dry_run):
-        if (out / "final").exists():
-            fail(f"{out} is finished (final/) and its checkpoint/ is gone; choose another --out")
-        return None                                             # it died before its first checkpoint
-    cfg.max_new_tokens = cfg.max_new_tokens or before.get("max_new_tokens")
-    now = json.loads(json.dumps(vars(cfg)))
-    free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
-            "eval_prompts", "teacher_device", "gradient_checkpointing", "dry_run"}
-    if cfg.lr_schedule == "constant" and cfg.target == "teacher":
-        free |= {"steps"}                       # nothing else depends on where the training ends
-    for key in sorted(now.keys() - free):
-        if now[key] != before.get(key):
-            fail(f"--resume with another {key} ({now[key]}, was {before.get(key)}) would be another "
-                 "experiment; choose another --out")
-    return checkpoint
-
-
-def read_config(out):
-    """The settings of the run in a folder, or None: a model's folder has a config.json as well."""
-    try:
-        config = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) and {"method", "versions"} <= config.keys() else None
-
-
-def write_config(cfg):
-    """OUT/config.json: every setting, with versions, commit, device and date."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True).stdout.strip()
-    except OSError:                             # no git on this machine
-        commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "opd": commit or "unknown"}
-    on_gpu, started = cfg.device.startswith("cuda"), time.strftime("%Y-%m-%d %H:%M:%S")
-    device = torch.cuda.get_device_name(cfg.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    record = {**vars(cfg), "versions": versions, "device_name": device, "started": started}
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_file(Path(cfg.out) / "config.json", json.dumps(record, indent=1))
-
-
-def check_prompts(run):
-    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from.
-
-    Returns the lengths of the longest prompt, as either model sees it, and of the longest completion.
-    """
-    cfg, method, longest, longest_completion = run.cfg, run.method, 0, 0
-    training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
-    evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
-    for path, branch, rows in training + evaluation:
-        readers = dict.fromkeys([run.student, *([run.teachers[branch]] if branch in run.teachers else [])])
-        for model in readers:
-            if reads_nothing(model.tok):
-                fail(f"{model.path}: its chat template leaves out the text of messages")
-        for row in rows:
-            where = f"{path}:{row['row']}"
-            if branch and method.solutions and not isinstance(row.get("solution"), str):
-                fail(f'{where} has no "solution" text, which --method {cfg.method} learns from')
-            if not branch and "answer" not in row:
-                fail(f'{where} has no "answer", so it cannot be evaluated')
-            for model in readers:
-                try:
-                    ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
-                    learned = (encode_completion(run.student.tok, row["solution"])
-                               if branch and method.solutions else [])
-                    if "answer" in row:
-                        grade(row["grader"], "", row["answer"])
-                except Exception as error:      # templates, tokenizers and graders raise what they like
-                    fail(f"{where}: {error}")
-                most, known = max(ids + learned), len(model.net.get_input_embeddings().weight)
-                if most >= known:
-                    fail(f"{where} has the token {model.tok.decode(most)!r}, id {most}, for which "
-                         f"{model.path} has no row ({known})")
-                completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
-                longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
-                limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-                if len(ids) + completion > limit:
-                    fail(f"{where}: prompt and completion can have {len(ids) + completion} tokens, but "
-                         f"{model.path} has {limit} positions; lower --max_new_tokens or drop the row")
-    if method.samples and may_think(run.student.tok, cfg.chat_template_kwargs):
-        tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
-                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
-                   """--chat_template_kwargs '{"enable_thinking": false}'""")
-    return longest, longest_completion
-
 
 def split(batch, mixture, branches):
     """{branch: prompts of the batch}, in the shares of the mixture "3:1"; None = equal shares."""
@@ -735,19 +766,32 @@ def configure(argv=None):
     for flag in ("student", "prompts"):
         if not getattr(cfg, flag):
             fail(f"--{flag} is missing; python opd.py --help explains all flags")
-    cfg.student = str(Path(cfg.student).expanduser()) if cfg.student.startswith("~") else cfg.student
+    cfg.student = [str(Path(path).expanduser()) if path.startswith("~") else path for path in cfg.student]
     cfg.prompts = flags.pairs(cfg.prompts, "--prompts", "main")
     cfg.eval_prompts = flags.pairs(cfg.eval_prompts, "--eval_prompts", "eval")
     cfg.teachers = flags.pairs(cfg.teachers, "--teachers", "")
     branches = list(cfg.prompts)
     cfg.method = cfg.method or ("sft" if not cfg.teachers else "opd" if len(cfg.teachers) == 1 else "mopd")
-    usable = METHODS[cfg.method].losses
+    method = METHODS[cfg.method]
+    some_read = {flag for other in METHODS.values() for flag in other.flags}
+    for flag in sorted(changed & some_read - method.flags.keys()):
+        fail(f"--{flag} has no effect on --method {cfg.method}; it is for: "
+             f"{', '.join(name for name, other in METHODS.items() if flag in other.flags)}")
+    for flag, default in method.flags.items():
+        setattr(cfg, flag, getattr(cfg, flag) if flag in changed else default)
+    if not cfg.support:
+        cfg.support = method.support.get("support", "full")
+        cfg.top_k = cfg.top_k or method.support.get("top_k")
+    cfg.rollouts, cfg.eval_top_p = cfg.rollouts or 1, cfg.eval_top_p or cfg.top_p
+    usable = method.losses
     cfg.loss = cfg.loss or usable[0]
     if cfg.loss not in usable:
         fail(f"--method {cfg.method} cannot use --loss {cfg.loss}; it can use: {', '.join(usable)}")
     if "" in cfg.teachers:
         cfg.teachers = dict.fromkeys(branches, cfg.teachers[""])
-    if cfg.method != "sft" and cfg.teachers.keys() != cfg.prompts.keys():
+    if not method.teachers and cfg.teachers:
+        fail(f"--teachers has no effect on --method {cfg.method}")
+    if method.teachers and cfg.teachers.keys() != cfg.prompts.keys():
         fail(f"--method {cfg.method} needs a teacher for every branch of prompts ({', '.join(branches)}), "
              f"but --teachers has: {', '.join(cfg.teachers) or 'none'}")
     if cfg.method == "opd" and len(set(cfg.teachers.values())) > 1:
@@ -761,13 +805,15 @@ def configure(argv=None):
     alternates = cfg.method == "camopd" and cfg.schedule != "mixed"
     if not alternates and not all(split(cfg.batch, cfg.mixture, branches).values()):
         fail(f"--batch {cfg.batch} leaves a branch without prompts in the mixture {cfg.mixture or 'of all'}")
-    cfg.mass = flags.per_branch(cfg.mass, branches, "--mass", lambda branch: 0.8, most=1)
-    cfg.scale = flags.per_branch(cfg.scale, branches, "--scale", lambda b: 2.0 if b == branches[0] else 1.0)
+    cfg.mass = flags.per_branch(cfg.mass or [], branches, "--mass", lambda branch: 0.8, most=1)
+    cfg.scale = flags.per_branch(cfg.scale or [], branches, "--scale",
+                                 lambda branch: 2.0 if branch == branches[0] else 1.0)
     if not any(cfg.scale.values()):
         fail("--scale 0 for every branch trains nothing")
     if cfg.importance[0] >= cfg.importance[1]:
         fail(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     check_objective(cfg, changed)
+    check_students(cfg, method, branches)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
         fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if not cfg.dry_run and cfg.device != "cpu" and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
@@ -775,6 +821,9 @@ def configure(argv=None):
     if cfg.device == "cpu" and cfg.teacher_device not in (None, "cpu"):
         fail(f"--teacher_device {cfg.teacher_device} needs a --device cuda")
     cfg.teacher_device = cfg.teacher_device or cfg.device.split(":")[0]
+    if cfg.teacher_device == "cpu" != cfg.device and cfg.self_teacher in ("ema", "live"):
+        fail("--teacher_device cpu: a self-teacher shares the student's network; choose cuda or swap, or "
+             "--self_teacher frozen")
     if "lora_alpha" in changed and not cfg.lora_rank:
         fail("--lora_alpha has no effect without --lora_rank")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
@@ -783,6 +832,27 @@ def configure(argv=None):
     for flag in ("recipe", "seeds", "quick", "jobs"):
         delattr(cfg, flag)
     return cfg
+
+
+def check_students(cfg, method, branches):
+    """As many students as the method has; two of them have a domain, validation prompts and a turn each."""
+    if len(cfg.student) != method.students:
+        fail(f"--method {cfg.method} has one student; two tutor each other with --method opcod"
+             if method.students == 1 else
+             f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
+    cfg.val_prompts = flags.pairs(cfg.val_prompts or [], "--val_prompts", "main")
+    if method.students == 1:
+        return
+    if len(branches) != 2:
+        fail(f"--method {cfg.method} needs two branches of prompts, the first student's domain and the "
+             "second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
+             + ", ".join(branches))
+    if cfg.val_prompts.keys() != cfg.prompts.keys():
+        fail(f"--method {cfg.method} needs validation prompts for every branch ({', '.join(branches)}), but "
+             f"--val_prompts has: {', '.join(cfg.val_prompts) or 'none'}")
+    if cfg.steps % cfg.rounds:
+        fail(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has steps / "
+             "rounds updates of each student")
 
 
 def check_objective(cfg, changed):

@@ -109,14 +109,18 @@ def parser(about, methods, losses, divergences, supports, recipes):
                formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
     p._negative_number_matcher = re.compile(r"-\.?\d")          # argparse takes -1e-3 for a flag
     add = p.add_argument_group("what").add_argument
-    add("--student", metavar="PATH",
-        help="the model that learns: a folder or hub id, as from_pretrained takes it")
+    add("--student", nargs="+", default=[], metavar="PATH",
+        help="the model that learns: a folder or hub id, as from_pretrained takes it; opcod has two, the "
+             "first stronger in the first branch of prompts, the second in the second")
     add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
         help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
     add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
         help="JSON lines with prompt, optional answer, grader, solution (data/chat.py), or a public set as "
              "openai/gsm8k (data/convert.py); one per branch. For camopd the first is the branch to recover, "
              "the others are preserved")
+    add("--val_prompts", nargs="+", metavar="BRANCH=FILE",
+        help="opcod: prompts with answers for the gate, one file per branch, neither trained nor evaluated "
+             "on")
     add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
         help="prompts with answers, never trained on; a public set may name a split, as "
              "'openai/gsm8k:test[:200]'")
@@ -144,33 +148,62 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--veto_beta", type=NOT_NEGATIVE, default=0.8, help="veto: beta at the first step, 0 at the last")
     add("--taid_start", type=SHARE, default=0.4,
         help="taid: the teacher's share at the first step, 1 at the last")
-    add("--support", choices=supports, default="full",
-        help="which entries count: all, or the --top_k largest of student or teacher; what becomes of the "
-             "others: raw and sg nothing (sg without the gradient of the kept mass), renorm they have no "
-             "probability, tail they are one more entry; 2605.11182")
+    add("--support", choices=supports,
+        help="which entries count (default: full; sdpo, opcod: student_tail with top_k 100): all, or the "
+             "--top_k largest of student or teacher; what becomes of the others: raw and sg nothing (sg without "
+             "the gradient of the kept mass), renorm they have no probability, tail they are one more entry; "
+             "2605.11182")
     add("--top_k", type=COUNT, help="entries of a --support")
     add("--loss_temperature", type=POSITIVE, default=1.0, help="divides both models' logits in the loss")
+    add("--importance_cap", type=NOT_NEGATIVE, metavar="C",
+        help="grpo, sdpo, opcod: every token's weight is multiplied by min(p_train / p_sampler, C); 0 = it "
+             "is not; default: 2; OPCoD 2606.14368, table 4")
     add("--importance", type=NOT_NEGATIVE, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
         help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")
 
     add = p.add_argument_group("method (methods.py)").add_argument
     add("--mixture", metavar="N:M", help="shares of the branches in a mixed batch; default: equal")
-    add("--gkd_lambda", type=SHARE, default=0.5,
-        help="gkd: fraction of on-policy steps; GKD 2306.13649, alg. 1")
+    add("--gkd_lambda", type=SHARE,
+        help="gkd: fraction of on-policy steps; default: 0.5; GKD 2306.13649, alg. 1")
     add("--schedule", metavar="N:M",
         help="camopd: N steps of the first branch, M of the second, ..; "
              "'mixed': all in every step; default: 3:1; CaMOPD eq. 5")
-    add("--mass", nargs="+", default=[], metavar="[BRANCH=]RHO",
+    add("--mass", nargs="+", metavar="[BRANCH=]RHO",
         help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; default: 0.8; "
              "CaMOPD eq. 8")
-    add("--scale", nargs="+", default=[], metavar="[BRANCH=]R",
+    add("--scale", nargs="+", metavar="[BRANCH=]R",
         help="camopd: factor on the branch's loss; "
              "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
+    add("--self_teacher", choices=("ema", "frozen", "live"),
+        help="the student as its own teacher: its moving average, as it started, as it is; default: ema for "
+             "sdpo and opcod, frozen for opsd and star")
+    add("--ema_rate", type=SHARE,
+        help="share of the student that its average takes up per update; default: 0.05; SDPO 2601.20802")
+    add("--templates", metavar="FILE",
+        help="JSON with the texts that self-teachers and tutors read; default: those of data/feedback.py")
+    add("--no_environment", action="store_true", default=None,
+        help="sdpo: say nothing about answers that cannot be graded; OPCoD's baseline")
+    add("--rounds", type=COUNT,
+        help="opcod: rounds R; each has --steps / R updates of one student, then of the other; default: 2")
+    add("--gate", choices=("cognizance", "always", "never", "selective"),
+        help="opcod: when a tutor gives feedback: cognizance gap within --tau, always, never, or beyond "
+             "--tau on prompts of the domain it is stronger in; default: cognizance; OPCoD fig. 7")
+    add("--tau", type=NOT_NEGATIVE,
+        help="opcod: largest cognizance gap of a tutor; default: 0.2; OPCoD eq. 2")
+    add("--gate_rollouts", type=COUNT,
+        help="opcod: completions per validation prompt, as in evaluation; default: 16")
+    add("--break_prompts", type=AMOUNT,
+        help="opcod: validation prompts per domain on which every round measures how many correct rollouts "
+             "feedback breaks; 0 = none; default: 8; OPCoD app. E")
+    add("--no_anchor", action="store_true", default=None,
+        help="opcod: tutors need not name a concept of the question first; only answers are removed")
+    add("--feedback_tokens", type=COUNT, help="opcod: longest feedback, in tokens; default: 1024")
 
     add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=COUNT, default=100, help="optimizer steps")
+    add("--steps", type=COUNT, default=100, help="optimizer steps of each student")
     add("--batch", type=COUNT, default=32, help="prompts per step")
-    add("--rollouts", type=COUNT, default=1, help="completions per prompt that the student samples")
+    add("--rollouts", type=COUNT,
+        help="completions per prompt that the student samples; default: 1, for grpo, sdpo, opcod 8")
     add("--lr", type=POSITIVE, help="peak learning rate; default: 1e-5, with --lora_rank 1e-4")
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="after the warm-up")
@@ -194,7 +227,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--temperature", type=POSITIVE, default=1.0,
         help="of the rollouts; anything but 1 is off-policy, and said so")
     add("--top_p", type=number(float, above=0, most=1), default=1.0,
-        help="of rollouts and of sampled evaluation; likewise")
+        help="of rollouts; likewise")
     add("--max_new_tokens", type=COUNT,
         help="longest completion, in tokens; default: 512, or 2048 where the chat template lets the student "
              "think")
@@ -206,6 +239,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--eval_rollouts", type=COUNT, default=1,
         help="completions per evaluation prompt; the score is their mean")
     add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
+    add("--eval_top_p", type=number(float, above=0, most=1), help="of sampled evaluation; default: --top_p")
 
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

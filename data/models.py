@@ -2,6 +2,7 @@
 
     load          any decoder-only model that transformers loads, checked; with --lora_rank an adapter on it
     Model         its last hidden states and its head, which is all that the loss needs (kernels/)
+    average       a moving average of a student, in the student's own network; rest, wake: the one that waits
     check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens
     share_*       what student and teacher must agree on: token ids, where a completion ends
     save_model    what from_pretrained, or peft, reads again
@@ -13,7 +14,7 @@ show a gap of rounding.
 import contextlib
 import functools
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ class Model:
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
     without_adapter: bool = False       # `net` is the student's; this is the model that it was
     swapped: bool = False               # weights wait in main memory while the model is not `present`
+    average: object = None              # the Model that follows this one as its moving average
+    values: dict = field(default_factory=dict)  # parameter of `net` -> its value here, where it is another
 
     @property
     def config(self):
@@ -58,9 +61,11 @@ class Model:
     def head_VH(self):
         """The output head; a bias is one more column, to go with the ones in `hidden`."""
         head = self.net.get_output_embeddings()
+        weight_VH = self.values.get(head.weight, head.weight)
         if head.bias is None:
-            return head.weight
-        return pad(torch.cat([head.weight, head.bias[:, None]], 1), (0, 7))     # widths stay multiples of 8
+            return weight_VH
+        bias_V = self.values.get(head.bias, head.bias)
+        return pad(torch.cat([weight_VH, bias_V[:, None]], 1), (0, 7))          # widths stay multiples of 8
 
     @property
     def logit_scale(self):
@@ -82,11 +87,14 @@ class Model:
 
     @contextlib.contextmanager
     def present(self):
-        """The time in which a swapped model is on its device. The copies are dropped: nothing has changed."""
-        waiting = [(x, x.data) for x in (*self.net.parameters(), *self.net.buffers())] if self.swapped else []
+        """The time in which the network has this model's values, on its device.
+
+        What a swapped model has there are copies, which are dropped: nothing has changed.
+        """
+        waiting = [(x, x.data) for x in (tensors(self.net) if self.swapped else self.values)]
         try:
             for x, data in waiting:
-                x.data = data.to(self.device, non_blocking=True)
+                x.data = self.values.get(x, data).to(self.device, non_blocking=True)
             yield
         finally:
             for x, data in waiting:
@@ -135,7 +143,7 @@ def load(path, cfg, learns=False, weights=None):
     net.generation_config = GenerationConfig()
     compute_alike(net, kept, dtype, quantised)
     if swapped and device.type == "cuda":
-        for x in (*net.parameters(), *net.buffers()):
+        for x in tensors(net):
             x.data = x.data.pin_memory()
     check_head(path, net)
     # Gemma 3's tokenizer has an image token more than its text models have rows.
@@ -267,6 +275,47 @@ def without_adapter(student):
     return replace(student, optimizers=(), without_adapter=True)
 
 
+def average(student, cfg):
+    """The student's exponential moving average, a teacher in the student's own network (`values`).
+
+    Only what learns is kept twice, an adapter for example; with --teacher_device swap in main memory.
+    """
+    device = "cpu" if cfg.teacher_device == "swap" else student.device
+    values = {p: p.detach().to(device, copy=True) for p in student.net.parameters() if p.requires_grad}
+    return replace(student, optimizers=(), values=values)
+
+
+@torch.no_grad()
+def follow(average, rate):
+    """After an update of the student: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
+    for p, value in average.values.items():
+        value.lerp_(p.to(value.device), rate)
+
+
+def rest(student):
+    """Weights and optimizer state go to main memory. `present` fetches the weights while they are needed."""
+    student.swapped = True
+    move(student, "cpu")
+
+
+def wake(student):
+    """Everything back to the student's device: it is going to learn."""
+    student.swapped = False
+    move(student, student.device)
+
+
+def move(student, device):
+    for x in tensors(student.net):
+        x.data = x.data.to(device)
+    for state in [state for optimizer in student.optimizers for state in optimizer.state.values()]:
+        for name, x in state.items():
+            state[name] = x.to(device) if torch.is_tensor(x) else x
+
+
+def tensors(net):
+    return [*net.parameters(), *net.buffers()]
+
+
 def recompute_layers(model):
     """Gradient checkpointing: of every layer only the input is kept, the rest is computed again in backward.
 
@@ -354,7 +403,7 @@ def share_tokens(student, teacher):
                  if ours.get(token) != theirs.get(token)]
     if different:
         fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
-             f"{'; '.join(different[:3])}); a teacher must share the student's")
+             f"{'; '.join(different[:3])}); models that teach each other must share one")
     if more:
         tqdm.write(f"note: {teacher.path} has {len(more)} tokens that the student lacks "
                    f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")

@@ -6,6 +6,7 @@ own forward and backward pass for one micro-batch, every tensor from its creatio
 model does not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
 """
 import functools
+import math
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -13,10 +14,14 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from kernels.chunked import CHUNK_BYTES
 
-from .chat import encode_completion, encode_prompt
+from .chat import encode_completion, encode_prompt, may_think, reads_nothing
+from .feedback import reprompt, told, tutor_prompt
+from .flags import fail
+from .graders import can_be_correct
 from .models import fake_mode
 
 PHASES = ("sample", "score", "update")
@@ -51,6 +56,71 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
+def check_prompts(run):
+    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from.
+
+    Returns the lengths of the longest prompt, as either model sees it, of the longest completion, and of the
+    longest prompt that a self-teacher or a tutor can get to read.
+    """
+    cfg, method, longest, longest_completion, longest_read = run.cfg, run.method, 0, 0, 0
+    training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
+    evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
+    validation = [(cfg.val_prompts[name], None, rows) for name, rows in run.vals.items()]
+    for path, branch, rows in training + evaluation + validation:
+        readers = dict.fromkeys([*run.students, *([run.teachers[branch]] if branch in run.teachers else [])])
+        for model in readers:
+            if reads_nothing(model.tok):
+                fail(f"{model.path}: its chat template leaves out the text of messages")
+        for row in rows:
+            where = f"{path}:{row['row']}"
+            if branch and method.solutions and not isinstance(row.get("solution"), str):
+                fail(f'{where} has no "solution" text, which --method {cfg.method} learns from')
+            if not branch and "answer" not in row:
+                fail(f'{where} has no "answer", so it cannot be evaluated')
+            if method.graded and "answer" not in row:
+                fail(f'{where} has no "answer", which --method {cfg.method} needs for its rewards')
+            for model in readers:
+                try:
+                    ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
+                    learned = (encode_completion(run.student.tok, row["solution"])
+                               if branch and method.solutions else [])
+                    if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
+                        fail(f"{where}: the grader {row['grader']} calls no completion correct if the "
+                             f"answer is {row['answer']!r}")
+                except Exception as error:      # templates, tokenizers and graders raise what they like
+                    fail(f"{where}: {error}")
+                most, known = max(ids + learned), len(model.net.get_input_embeddings().weight)
+                if most >= known:
+                    fail(f"{where} has the token {model.tok.decode(most)!r}, id {most}, for which "
+                         f"{model.path} has no row ({known})")
+                completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
+                longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
+                read = most_to_read(run, model, row) if cfg.self_teacher else 0
+                longest_read = max(longest_read, read)
+                limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+                if max(len(ids), read) + completion > limit:
+                    fail(f"{where}: prompt and completion can have {max(len(ids), read) + completion} tokens"
+                         + " as the self-teacher reads them" * (read > len(ids)) + f", but {model.path} has "
+                         f"{limit} positions; lower --max_new_tokens or drop the row")
+    if method.samples and may_think(run.student.tok, cfg.chat_template_kwargs):
+        tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
+                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
+                   """--chat_template_kwargs '{"enable_thinking": false}'""")
+    return longest, longest_completion, longest_read
+
+
+def most_to_read(run, model, row):
+    """Tokens of the longest prompt that a self-teacher sees of a row, or a tutor with what it then writes."""
+    cfg, seen = run.cfg, [reprompt(row["prompt"], run.templates, row.get("solution") or "x", "x", "x")]
+    if cfg.feedback_tokens:
+        seen += [tutor_prompt(row["prompt"], "x", run.templates, *run.branches, not cfg.no_anchor)]
+    if cfg.method == "star":
+        return len(encode_prompt(model.tok, told(row["prompt"], run.templates, row["answer"]),
+                                 cfg.chat_template_kwargs))
+    given = (0 if run.method.solutions else cfg.max_new_tokens) + (cfg.feedback_tokens or 0)
+    return given + max(len(encode_prompt(model.tok, prompt, cfg.chat_template_kwargs)) for prompt in seen)
+
+
 def show(run):
     """Print the preflight of a Run whose networks are fake."""
     for part in (about_models, about_tokens, about_prompts, about_steps, about_memory):
@@ -59,16 +129,18 @@ def show(run):
 
 
 def distinct(run):
-    """The teachers, each once."""
-    return list(dict.fromkeys(run.teachers.values()))
+    """The teachers with weights of their own, each once; a moving average is part of its student here."""
+    own = [t for t in run.self_teachers if t and t not in run.students and not t.values]
+    return list(dict.fromkeys([*run.teachers.values(), *own]))
 
 
 def about_models(run):
-    for role, model in [("student", run.student), *(("teacher", teacher) for teacher in distinct(run))]:
+    for role, model in [*(("student", student) for student in run.students),
+                        *(("teacher", teacher) for teacher in distinct(run))]:
         count = sum(p.numel() for p in model.net.parameters()) / 1e9
         learns = sum(p.numel() for p in model.net.parameters() if p.requires_grad) / 1e9
         what = ("the student without its adapter" if model.without_adapter else
-                f"{count:.3f} B parameters" + f", of which {learns:.3f} B learn" * (model is run.student))
+                f"{count:.3f} B parameters" + f", of which {learns:.3f} B learn" * (role == "student"))
         print(f"{role}  {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
 
 
@@ -78,10 +150,13 @@ def about_tokens(run):
     print(f"stops    a completion ends at {names(run.student.stops)}, learned like any other token")
     pad = "none" if tok.pad_token_id is None else names([tok.pad_token_id])
     print(f"padding  is known from lengths; the tokenizer's pad token, {pad}, plays no role")
-    for model in [run.student, *distinct(run)]:
+    for model in [*run.students, *distinct(run)]:
         print(f"ids      {model.path}: {len(model.tok.get_vocab()):,} in the tokenizer, "
               f"{len(model.net.get_output_embeddings().weight):,} rows in the head; the first "
               f"{run.student.vocab:,} are shared, the other rows have no probability")
+    if run.cfg.self_teacher:
+        print(f"itself   the student is its own teacher ({run.cfg.self_teacher}), and reads up to "
+              f"{run.longest_read:,} tokens before the completion")
 
 
 def about_prompts(run):
@@ -105,13 +180,14 @@ def about_prompts(run):
 
 def about_steps(run):
     cfg = run.cfg
-    print(f"\nsteps    {cfg.steps} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} "
+    print(f"\nsteps    {run.total} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} "
           f"prompts (at most {run.longest_prompt} tokens) with {cfg.rollouts} completion(s) (at most "
           f"{run.longest_completion})")
     mixed = " if every step takes all branches" * (len(run.shares) > 1)
     for branch, count in run.shares.items():
         rows = len(run.prompts[branch])
-        print(f"         {branch}: {count * cfg.steps / rows:.2f} epochs of {rows:,} prompts{mixed}")
+        print(f"         {branch}: {count * cfg.steps / rows:.2f} epochs of {rows:,} prompts{mixed}"
+              + " for each student" * (len(run.students) > 1))
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -137,22 +213,30 @@ def about_memory(run):
 def memory(run):
     """{part: {phase: bytes}} on the student's device, where prompts and completions have their full length.
 
-    The phases are the loop's; evaluation belongs to "sample". The student samples: what a teacher takes that
-    writes (seqkd) is not counted there.
+    The phases are the loop's; evaluation belongs to "sample". The student samples: what a teacher or a tutor
+    takes that writes (seqkd, opcod) is not counted there. Of two students only the one that learns is, with
+    --teacher_device swap.
     """
     cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
+    students = run.students[:1] if cfg.teacher_device == "swap" else run.students
     on_cpu, sequences = cfg.device == "cpu", cfg.batch * cfg.rollouts
     length = run.longest_prompt + run.longest_completion
-    micro = max(1, min(sequences, cfg.micro_tokens // length))
+    read = max(run.longest_read, run.longest_prompt) + run.longest_completion      # by the teacher
+    micro, micro_t = (max(1, min(sequences, cfg.micro_tokens // n)) for n in (length, read))
     here = cfg.teacher_device != "cpu" or on_cpu
     always = lambda size: dict.fromkeys(PHASES, size)
     parts = {"student's weights": always(weight_bytes(student))}
+    if len(students) > 1:
+        parts = {"both students' weights": always(sum(map(weight_bytes, students)))}
+    if student.average:
+        kept = sum(p.nbytes for s in students for p in s.average.values)
+        parts["moving averages"] = {"score": kept} if cfg.teacher_device == "swap" else always(kept)
     if cfg.teacher_device == "swap":                            # one at a time
         parts["weights of a teacher"] = {"score": max(map(weight_bytes, teachers), default=0)}
     else:
         parts |= {f"weights of {teacher.path}": always(weight_bytes(teacher)) for teacher in teachers if here}
     parts["optimizer"] = always(sum(
-        4 * STATES[type(optimizer)] * p.numel() for optimizer in student.optimizers
+        4 * STATES[type(optimizer)] * p.numel() for s in students for optimizer in s.optimizers
         for group in optimizer.param_groups for p in group["params"]))
     parts["gradients"] = {"update": sum(p.nbytes for p in student.net.parameters() if p.requires_grad)}
     written = max([sequences * run.method.samples,
@@ -160,10 +244,10 @@ def memory(run):
     if sampled := min(written, cfg.sample_batch):
         parts[f"sampling {sampled} x {length:,} tokens"] = {
             "sample": sampling_bytes(student, sampled, run.longest_prompt, length)}
-    reading = [student, *(distinct(run) if here else [])] if run.teachers else []
-    read = [forward_bytes(model, micro, length) for model in reading]
+    reading = [student, *(distinct(run) if here else [])] if run.teachers or cfg.self_teacher else []
+    peaks = [forward_bytes(model, micro_t, read) for model in reading]
     parts[f"{micro} x {length:,} tokens through the layers"] = {
-        "score": UNKNOWN if UNKNOWN in read else max(read, default=0),
+        "score": UNKNOWN if UNKNOWN in peaks else max(peaks, default=0),
         "update": update_bytes(student, micro, length, sequences > micro)}
     tokens = micro * run.longest_completion
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call

@@ -37,7 +37,7 @@ def write_run(out):
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
     gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
-    students = [config["student"]] if isinstance(config["student"], str) else config["student"]
+    students = config["student"]
     name = lambda path: "/".join(Path(path).parts[-2:])
     taught = " tutoring each other" * (len(students) > 1)
     if teachers := " and ".join(dict.fromkeys(map(name, config["teachers"].values()))):
@@ -49,7 +49,7 @@ def write_run(out):
                   f"In %, on {', '.join(f'`{path}`' for path in config['eval_prompts'].values())}; "
                   f"{config['eval_rollouts']} completion(s) per prompt at temperature "
                   f"{config['eval_temperature']:g}"
-                  + f", top_p {config.get('eval_top_p', 1):g}" * (config.get("eval_top_p", 1) < 1) + ".", ""]
+                  + f", top_p {config['eval_top_p']:g}" * (config["eval_top_p"] < 1) + ".", ""]
     if gates:
         lines += ["## Rounds", "", *round_table(gates, config["tau"]), "", *break_table(gates)]
     if any("feedback" in s for s in steps):

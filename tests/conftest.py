@@ -12,8 +12,12 @@ if not torch.cuda.is_available():
 
 import opd
 from data import small_world
+from methods import METHODS
 
 torch.set_num_threads(2)
+TEMPLATES = {"reprompt": "{solution}{feedback}{prompt}", "solution": "{solution}=", "environment": "{feedback}=",
+             "peer": "{feedback}+", "told": "{answer}={prompt}", "anchored": "{question}{response}>",
+             "unanchored": "{question}{response}="}            # as short as the prompts
 WORD_ROWS = [{"prompt": p, "answer": a, "solution": a} for p, a in (
     ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"),
     ("sort zyx>", "xyz"))]
@@ -48,8 +52,17 @@ def argv(tmp_path, models, prompts):
     """argv(flag=value, ..) -> a command line with defaults for a tiny model; every call has its own --out."""
     def build(**flags):
         build.calls += 1
-        flags = dict(student=models / "a", teachers=[models / "wide"], prompts=[prompts()], steps=2, batch=4,
-                     out=tmp_path / f"out{build.calls}", max_new_tokens=6, device="cpu") | flags
+        method = METHODS.get(flags.get("method"), METHODS["opd"])
+        ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6, device="cpu",
+                    out=tmp_path / f"out{build.calls}", teachers=[models / "wide"] if method.teachers else [])
+        if "templates" in method.flags:
+            ours["templates"] = tmp_path / "templates.json"
+            ours["templates"].write_text(json.dumps(TEMPLATES))
+        if method.students == 2:
+            pair = lambda name: [f"{branch}={prompts(name + branch)}" for branch in ("words", "more")]
+            ours |= dict(student=[models / "a", models / "b"], prompts=pair(""), val_prompts=pair("val"),
+                         gate_rollouts=2, break_prompts=2, feedback_tokens=6)
+        flags = ours | flags
         words = []
         for flag, value in flags.items():
             if value != []:

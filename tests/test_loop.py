@@ -28,7 +28,7 @@ def rollouts(run, seed=0, count=6):
 
 
 def double(run):
-    for model in (run.student, run.teacher):
+    for model in filter(None, (run.student, run.teacher)):
         model.net.double()
         model.dtype = torch.float64
     return run
@@ -512,7 +512,7 @@ def test_rewards_belong_to_their_prompts(start, monkeypatch):
     rows = [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS]
     answers = {tuple(run.student.tok(r["prompt"]).input_ids): r["answer"] for r in rows[:-1]}
 
-    def oracle(model, prompts, cfg, temperature):
+    def oracle(model, prompts, cfg, *how):
         return [(torch.tensor(model.tok(answers.get(tuple(p), "wrong")).input_ids + model.stops), None)
                 for p in prompts]
     monkeypatch.setattr(opd, "generate", oracle)

@@ -7,7 +7,7 @@ import pytest
 
 from data import recipes, report
 
-CONFIG = {"student": ["models/a"], "teachers": {}, "method": "sdpo", "loss": "jsd", "device_name": "cpu",
+CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": "sdpo", "loss": "jsd", "device_name": "cpu",
           "dtype": "float32", "seed": 0, "started": "today",
           "eval_prompts": {"physics": "p", "chemistry": "c"}, "eval_rollouts": 16, "eval_temperature": 0.6,
           "versions": {"torch": "2"}, "tau": 0.2}

@@ -1,0 +1,280 @@
+r"""What a self-teacher and a tutor get to read, and what of a tutor's text a tutee may read.
+
+SDPO's self-teacher (arXiv 2601.20802) is the student with a solution of its own or feedback of the
+environment in its prompt. OPCoD (arXiv 2606.14368) adds a peer's feedback: prompts as in its Appendix C.1,
+in our own words; C.2 removes revealed answers, keeps feedback whose concept is in the question, and strips
+the concept's tag.
+
+What C.2 leaves open [ours]: an answer is an option's letter, never a value. \boxed{42}, "option A is too low"
+and "the peer's answer is C" stay. Lower-case letters are a to d; one that may be a word (A, I, a) counts only
+where its clause ends. An answer told by its value, or by "choose B" or "B is right", is not recognised.
+"""
+import dataclasses
+import json
+import re
+import string
+import unicodedata
+from pathlib import Path
+
+from .chat import is_chat
+
+OUTCOMES = ("kept", "fb_none", "no_concept_tag", "empty", "all_generic", "no_match")     # Table 3
+MOST_WORDS = 120                                                       # [ours] the prompt asks for 80
+PAPER = "problem question answer value calculation formula student peer specialist"
+OURS = """option choice letter solution step reason result response attempt mistake error number concept term
+    statement explanation feedback approach method example task"""
+STOP = """a an the this that these those it its of in on at to for from by with as into about between per and
+    or but not no if then than so is are was were be been has have do does did can could will would should may
+    must what which who when where why how all any each both only also there their your you we formulae
+    correct incorrect right wrong true false reasoning please given following find determine calculate"""
+GENERIC = frozenset(STOP.split()) | {noun + s for noun in (PAPER + " " + OURS).split() for s in ("", "s")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Templates:
+    reprompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+    solution: str = "\n\nCorrect solution:\n\n{solution}"
+    environment: str = "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
+    peer: str = "\n\nA peer has read your earlier attempt at this question and comments:\n\n{feedback}"
+    anchored: str = """\
+You are a specialist in {tutor_domain}. Your peer, a specialist in {tutee_domain}, has tried the question \
+below and may have erred wherever it takes {tutor_domain} to reason well.
+
+First, before anything else, name the one concept on which the question turns: one to three words, copied \
+letter by letter from the question, between <concept> and </concept>. It has to be a technical term. Words \
+that would fit any question (problem, question, answer, option, value, calculation, formula, step, student, \
+peer, specialist) will be rejected.
+
+Then write to your peer: three to five sentences, about 80 words at most, on the {tutor_domain} in this \
+attempt. Say which of its steps hold, which are wrong and what it lacks, and quote the steps you mean. Leave \
+the solving to your peer, and do not say which option's letter is right.
+
+The question:
+{question}
+
+The attempt of the specialist in {tutee_domain}:
+{response}
+
+Now <concept>...</concept>, then your three to five sentences:"""
+    unanchored: str = """\
+You know the field of the question below. Somebody has tried it. Read the question, then the attempt, and \
+tell its author in a few helpful sentences which parts are right, which are wrong or lacking, and how to \
+reason better. Do not give the right answer away.
+
+The question:
+{question}
+
+The attempt:
+{response}
+
+Your feedback:"""
+    told: str = """\
+{prompt}
+
+The correct answer is: {answer}
+
+Explain step by step how to arrive at it, as if nobody had told you, and end as asked for above."""
+
+
+REQUIRED = {"reprompt": {"prompt", "solution", "feedback"}, "solution": {"solution"},
+            "environment": {"feedback"}, "peer": {"feedback"},
+            "told": {"prompt", "answer"}, "anchored": {"question", "response"}, "unanchored": {"question", "response"}}
+DOMAINS = {"tutor_domain", "tutee_domain"}
+
+
+def read_templates(path):
+    """Templates from a JSON object with some of their names; the others keep their default.
+
+    Anything unusable is a ValueError of one line. A literal brace is written twice, as for str.format.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: templates are one JSON object, not {str(given)[:60]!r}")
+    for name, text in given.items():
+        if name not in REQUIRED:
+            raise ValueError(f"{path}: unknown template {name!r}; there are: {', '.join(REQUIRED)}")
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: template {name!r} is text, not {str(text)[:60]!r}")
+        try:
+            found = {field + ("!" + conversion if conversion else "") + (":" + spec if spec else "")
+                     for _, field, spec, conversion in string.Formatter().parse(text) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"{path}: template {name!r}: {error}; a literal brace is {{{{ or }}}}") from None
+        optional = DOMAINS if "response" in REQUIRED[name] else set()
+        for what, fields in (("has unknown", found - REQUIRED[name] - optional),
+                             ("lacks", REQUIRED[name] - found)):
+            if fields:
+                raise ValueError(f"{path}: template {name!r} {what} {{{'}, {'.join(sorted(fields))}}}; "
+                                 f"its placeholders are {{{'}, {'.join(sorted(REQUIRED[name] | optional))}}}")
+    return Templates(**given)
+
+
+def last_question(prompt):
+    """Index of a chat's last user message, and its content; for text None, and the text."""
+    if not is_chat(prompt):
+        return None, prompt
+    for index in reversed(range(len(prompt))):
+        if prompt[index]["role"] == "user":
+            return index, prompt[index]["content"]
+    raise ValueError(f"a prompt without a message of the user: {str(prompt)[:100]}")
+
+
+def reprompt(prompt, templates, solution=None, environment=None, peer=None):
+    """What the self-teacher sees: the prompt (text or chat) with its last question rewritten; the same kind.
+
+    None when there is nothing to add: blank text is nothing, and a solution that is all thinking is blank.
+    """
+    solution = without_thinking(solution or "")
+    solution = templates.solution.format(solution=solution) if solution.strip() else ""
+    feedback = "".join(template.format(feedback=text) for template, text in (
+        (templates.environment, environment), (templates.peer, peer)) if text and text.strip())
+    if not solution and not feedback:
+        return None
+    return with_question(prompt, templates.reprompt, solution=solution, feedback=feedback)
+
+
+def told(prompt, templates, answer):
+    """The prompt with its answer, for a model that is to explain it (STaR's rationalisation, 2203.14465)."""
+    return with_question(prompt, templates.told, answer=answer)
+
+
+def with_question(prompt, template, **given):
+    """The same prompt, text or chat, with its last question in a template."""
+    index, question = last_question(prompt)
+    text = template.format(prompt=question, **given)
+    return text if index is None else [*prompt[:index], {**prompt[index], "content": text}, *prompt[index + 1:]]
+
+
+def tutor_prompt(prompt, response, templates, tutor_domain, tutee_domain, anchored=True):
+    """A tutor's prompt: text for text, one user message for a chat (its system prompt is the student's)."""
+    index, question = last_question(prompt)
+    text = (templates.anchored if anchored else templates.unanchored).format(
+        question=question, response=response, tutor_domain=tutor_domain, tutee_domain=tutee_domain)
+    return text if index is None else [{"role": "user", "content": text}]
+
+
+def accept(text, question, anchored=True, most_words=MOST_WORDS, finished=True):
+    """What a tutee may read of a tutor's text: (feedback, "kept") or (None, why not), one of OUTCOMES.
+
+    question: text. finished=False: generation was cut off, the last sentence may be half of one.
+    """
+    text = without_thinking(text)
+    named = concept(text)                                       # the sanitiser never sees the inside of a tag
+    text = without_answers(without_concept(text)).strip().lstrip(".,:; \n")     # and none hides a letter
+    checks = {"fb_none": named is None and not words(text)}
+    if anchored:
+        checks |= {"no_concept_tag": named is None, "empty": not words(named or ""),
+                   "all_generic": not specific(named or ""), "no_match": not anchors(named or "", question)}
+    for outcome, failed in checks.items():
+        if failed:
+            return None, outcome
+    text = shortened(text, most_words, finished)
+    return (text, "kept") if words(text) else (None, "fb_none")
+
+
+def without_thinking(text):
+    """Without <think>..</think> and the space after it; the prompt may hold its begin, and a cut its end."""
+    text = re.sub(r"<think>.*?(?:</think>\s*|\Z)", "", text, flags=re.S)
+    return re.sub(r"\A.*</think>\s*", "", text, flags=re.S)
+
+
+TAG = re.compile(r"([*_`]{0,3})<\s*concept\s*>((?:(?!<\s*/?\s*concept\s*>).)*)<\s*/\s*concept\s*>\1",
+                 re.I | re.S)
+
+
+def concept(text):
+    """Contents of the first <concept>..</concept>, the innermost if nested; None: absent or never closed.
+
+    Wherever it stands, however long it is: the paper asks for one to three words first, and checks neither.
+    """
+    found = TAG.search(text)
+    return found and found[2].strip()
+
+
+def without_concept(text):
+    """Without every concept and its tag, and without stray tags."""
+    return re.sub(r"<\s*/?\s*concept\s*>", "", TAG.sub("", text), flags=re.I)
+
+
+def words(text):
+    r"""The set of words in lower case; hyphens and markup part them. H₂O = H_2O = H2O; \mathrm is none."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"\\(?:[a-z]+(?=\s*[{\[])|(?:left|right|times|cdot|circ)(?![a-z]))", " ", text)
+    return set(re.findall(r"[^\W_]+", re.sub(r"\}?[_^]\{?(?=\d)", "", text)))
+
+
+def specific(text):
+    """Words that may anchor: not generic, no number, no lone Latin letter (each question has "A:" to "D:")."""
+    return {w for w in words(text) - GENERIC if not w.isnumeric() and not re.fullmatch("[a-z]", w)}
+
+
+def anchors(concept, question):
+    """The specific words of a concept that occur in the question."""
+    return specific(concept) & words(question)
+
+
+TERM = r"(?![\w'’]|-\w|\.\w|\s*[=+/^<>≈≤≥×·⋅∝\\])"              # no label of an option: F = ma, B-field, D's
+ENDS = (r"(?!\.\w)(?=[*_]*(?:\s*\Z|[ \t]*\n(?![ \t]*[a-z])|[.,;:!?)\]](?!\w)|\s+[-–—]\s|"
+        r"\s+(?:because|since|as|and|but|which|due\s+to|rather\s+than)(?![-\w])))")
+BARE = rf"(?:[B-HJ]{TERM}|[AIb-d]{ENDS}|A(?=\s+\()|a(?!,){ENDS})"        # not in "a, possibly large, number"
+NAMED = (r"(?i:(?:the\s+)?(?:option|choice|letter|answer))\s*:?\s*[*_(]*"
+         rf"(?:[A-J]{TERM}|[a-d][)*_]|[a-d]{ENDS})")
+MARKED = (r"(?:(?:\\\w+\s*\{|\\?[(\[]|[*_\"“$])\s{0,3}){1,6}[A-Ja-d][.:]?"
+          r"(?:\s{0,3}\\?[)\]]|[*_\"”}$]){1,9}(?![*_\"”)\]}$\w]|-\w)")
+WRONG = (r"(?!\s+(?:is|was|seems|looks|cannot\s+be)\s+(?:\w+\s+)?"
+         r"(?:wrong|incorrect|not|false|mistaken|unsupported|unjustified|flawed)\b)")
+THEN = r"(?:,?\s+(?:therefore|thus|hence|then|indeed|clearly|actually|simply|likely|probably|in\s+fact)\b)?"
+IS = rf"\b(?:is|was|(?:should|would|must|will|has\s+to|can\s+only){THEN}\s+be)\b{THEN}"
+PHRASE = re.compile(rf"""(?<![\w*\#])(?:\#+[ \t]+)?[*_]{{0,3}}
+    (?i:(?:(?:so|thus|hence|therefore|then),?\s+)? (?:the\s+)?
+        (?P<whose>(?:\w+['’]s?|your|their|his|her|peer|student)\s+)?
+        (?P<right>(?:(?:final|correct|right|true|best|actual|proper|only)\s+){{1,3}})?
+        (?:(?:answer|option|choice|letter)(?:\s+(?:option|choice|letter))?|(?<=correct\s)one|(?<=right\s)one)
+        (?:\s+here|\s+(?:to|for|in)(?:\s+[\w-]+){{1,4}}?)? {THEN},?
+        (?:[\s*_]{{0,9}}(?:[:：=]|[-–—]\s|{IS})[\s*_:,]{{0,9}} | (?(right)[\s*_]{{0,3}},?\s+|(?!))))
+    (?:{NAMED}|{MARKED}|{BARE})[*_)]*(?![*_)]){WRONG}""", re.X)
+TURNED = re.compile(rf"""(?<!\w)(?<!if\s)(?<!whether\s)
+    (?:(?i:option|choice)\s+[*_(]*[A-J](?!\w)[*_)]*\s+(?i:{IS}\s+(?:the\s+)?(?:correct|right)\b)
+      |(?:{MARKED}|[A-J])\s+(?i:{IS}\s+the\s+(?:correct|right|best)\s+(?=answer|option|choice|one)))
+    (?i:\s*(?:answer|option|choice|one)\b)?""", re.X)
+ALONE = re.compile(
+    r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*)*\(?[A-Ja-d]\)?\}*\s*(?:[.:)][^{}]*)?\}+"          # also \boxed{B: 2.0}
+    r"|(?<![*\w])(\*{2,3}|__)\(?(?:[A-J]|(?<=\()[a-d])\)?\.?\1(?![*\w]|-\w|\s*[=+/^×·])"
+    r"|(?is:<answer>.*?</answer>)|(?i:<answer>\W*[a-j]\b|</?answer>)")
+GONE = "\0"
+
+
+def without_answers(text):
+    """Without what reveals an option's letter (C.2): "the correct option is X" and its like, boxes, bold
+    letters, answer tags; with the punctuation of a sentence that is nothing else. Unchanged where nothing does.
+    """
+    def whole(found):
+        peers = found["whose"] and not re.search("correct|right|true", found["right"] or "", re.I)
+        return found[0] if peers else GONE
+
+    text = text.replace(GONE, "")
+    while GONE in (marked := ALONE.sub(GONE, TURNED.sub(GONE, PHRASE.sub(whole, text)))):
+        marked = re.sub(rf"\\?([\[(])\s*{GONE}\s*\\?[\])]|(\*\*|__|\$\$?)\s*{GONE}\s*\2", GONE, marked)
+        marked = re.sub(rf"(?:\A\s*|(?<=[.!?\n])[ \t]*){GONE}[.,;:!?]*", "", marked)
+        text = re.sub(rf"[,;]?[ \t]*{GONE}(?=[.,;:!?])|[ \t]*{GONE}", "", marked)  # which may reveal again
+    return text
+
+
+SHORT = re.compile(r"\W*(?:e\.g|i\.e|cf|vs|eqs?|figs?|refs?|approx|resp|dr|\d\d?)\.", re.I)  # ends no sentence
+
+
+def shortened(text, most_words, finished=True):
+    """At most that many words (between spaces), cut after a whole sentence; after a word if there is none.
+
+    An unfinished text is cut too: its last sentence may be half of one, its last word half a word.
+    """
+    pieces = list(re.finditer(r"\S+", text))
+    if finished and len(pieces) <= most_words:
+        return text
+    ends = [m.end() for m in pieces[:most_words]
+            if re.search(r"[.!?…。！？][)\]\"”’*_$]*\Z", m[0]) and not SHORT.fullmatch(m[0])]
+    whole = [m.end() for m in pieces[:min(most_words, len(pieces) - (not finished))]]
+    return text[:(ends or whole or [0])[-1]]

@@ -1,0 +1,380 @@
+"""Students that learn from rewards, from themselves and from each other: GRPO, STaR, OPSD, SDPO, OPCoD."""
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TEMPLATES, WORD_ROWS, gradients, parameters
+from test_loop import accumulate, die_at, double, trained
+
+import methods
+import opd
+from data import models as data_models
+from data.files import read_lines
+from methods import advantages, cognizance_gaps, demonstrations, self_taught
+
+METHODS_WITH_REWARDS = ("grpo", "star", "sdpo", "opcod")
+
+
+@pytest.fixture
+def solvable(start, models, prompts, tmp_path):
+    """start(..) on prompts of which tiny random models get some right: the answers are their likeliest tokens."""
+    answers = {}
+    for name in ("a", "b"):
+        run = start(student=models / name, method="grpo", max_new_tokens=1)
+        written = run.sample(run.student, [{"prompt": r["prompt"]} for r in WORD_ROWS], n=1, temperature=0)
+        answers[name] = [r | {"answer": w.text, "solution": w.text} for r, w in zip(WORD_ROWS, written)]
+    common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
+    pair = lambda name: [f"words={prompts(name + 'a', answers['a'])}", f"more={prompts(name + 'b', answers['b'])}"]
+    both = dict(method="opcod", prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
+    return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else dict(
+        prompts=[prompts("solvable", answers["a"])])) | flags)
+
+
+def some(run, rewards, prompt=0):
+    """A rollout of each reward for one prompt, of different lengths, with texts of their own."""
+    g, row = torch.Generator().manual_seed(prompt), WORD_ROWS[prompt] | {"branch": "main", "row": prompt}
+    return [methods.Rollout(row, torch.randint(3, run.student.vocab, (1 + i % 3,), generator=g),
+                            torch.zeros(1 + i % 3), text=f"text {prompt} {i}", reward=float(reward))
+            for i, reward in enumerate(rewards)]
+
+
+def log_probs_by_hand(model, prompt, ids_T, vocab):
+    """log p [T, V] of a completion after a prompt (text), from the logits of transformers itself."""
+    prompt = model.tok(prompt).input_ids
+    with model.present():
+        logits = model.net(torch.tensor(prompt + ids_T.tolist())[None]).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1:-1, :vocab], -1)
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------
+
+def test_group_advantages_are_relative_to_their_own_prompt():
+    rows = [{"branch": b, "row": 1} for b in ("x", "y")]
+    rollouts = [methods.Rollout(rows[i % 2], None, reward=r) for i, r in enumerate((1, 1, 0, 1, 0, 1))]
+    kept = 3 / 6                                                 # what the loop's mean over kept ones undoes
+    assert advantages(rollouts) == pytest.approx([2 / 3 * kept, 0, -1 / 3 * kept, 0, -1 / 3 * kept, 0])
+
+
+def test_grpo_gradient_is_its_definition(start):
+    """Mean over all rollouts, those without advantage too; importance weights are cut at the cap, not dropped."""
+    run = double(start(method="grpo"))
+    rollouts = some(run, (1, 0, 0, 1), 0) + some(run, (1, 1), 1)
+    g = torch.Generator().manual_seed(0)
+    for r in rollouts:
+        lp_TV = log_probs_by_hand(run.student, r.prompt["prompt"], r.ids_T, run.student.vocab)
+        r.logp_T = lp_TV.gather(1, r.ids_T[:, None])[:, 0].detach() + torch.randn(len(r.ids_T), generator=g)
+    value = accumulate(run, methods.jobs_by_branch(run, run.student, None, rollouts, advantages(rollouts)))
+    ours, loss, ratios = gradients(run.student), 0.0, []
+    run.student.net.zero_grad()
+    for r in rollouts:
+        a = r.reward - (0.5 if r.prompt["row"] == 0 else 1.0)
+        lp_T = log_probs_by_hand(run.student, r.prompt["prompt"], r.ids_T,
+                                 run.student.vocab).gather(1, r.ids_T[:, None])[:, 0]
+        ratios += (lp_T - r.logp_T).exp().tolist()
+        loss = loss - a * ((lp_T - r.logp_T).exp().clamp(max=2).detach() * lp_T).mean() / len(rollouts)
+    loss.backward()
+    assert max(ratios) > 2 > 1 > min(ratios)
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
+
+
+def test_star_learns_the_plain_prompt_from_answers_written_with_the_hint(solvable, monkeypatch):
+    """What is told is not learned from, wrong rationales have no weight, and every prompt is told once."""
+    run, asked = solvable(method="star"), []
+    real = run.sample
+    monkeypatch.setattr(run, "sample", lambda model, prompts, **how: (
+        asked.append((model, [p["prompt"] for p in prompts])), real(model, prompts, **how))[1])
+    steps, seen = methods.star(run), []
+    for _ in range(3):
+        jobs = next(steps)
+        for job in jobs:
+            assert job.weights == [float(r.reward == 1) for r in job.rollouts]
+            seen += [r.prompt["prompt"] for r in job.rollouts]
+            assert all(r.logp_T is None for r in job.rollouts)   # fixed data
+        run.state["step"] += 1
+    told = [prompt for model, prompts in asked for prompt in prompts]
+    assert all(model is run.self_teacher(run.student) and model is not run.student for model, _ in asked)
+    assert sorted(set(seen)) == sorted(r["prompt"] for r in WORD_ROWS) and len(told) == len(set(seen))
+    assert all("=" in prompt for prompt in told) and not any("=" in prompt for prompt in seen)
+
+
+# ---- oneself -----------------------------------------------------------------------------------------------
+
+def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(start):
+    run = start(method="sdpo")
+    rollouts = some(run, (0, 1, 0, 1), 0) + some(run, (0, 1), 1) + some(run, (0, 0), 2)
+    assert demonstrations(run, rollouts) == ["text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None,
+                                             None, None]
+    assert run.notes["solved"] == 2 / 3
+
+
+@pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
+def test_gradient_of_self_distillation_is_its_definition(start, kind):
+    """JSD(p(. | x) || sg q(. | x, s)), q the student as it is, was, or is on average; the uninformed have none."""
+    run = double(start(method="sdpo", self_teacher=kind, ema_rate=0.5, top_k=1000, micro_tokens=20))
+    teacher = run.self_teacher(run.student)
+    teacher.net.double()
+    teacher.values = {p: value.double() for p, value in teacher.values.items()}
+    teacher.dtype = torch.float64
+    before = copy.deepcopy(run.student.net)
+    with torch.no_grad():                                        # an update has been made
+        for p in run.student.net.parameters():
+            p.mul_(1.05)
+    if kind == "ema":
+        data_models.follow(run.student.average, 0.5)
+    rollouts = some(run, (0, 1, 0), 0) + some(run, (0, 0), 1)
+    jobs = self_taught(run, run.student, rollouts, demonstrations(run, rollouts))
+    assert [r.teacher_prompt for r in rollouts] == ["text 0 1=rev abc>", None, "text 0 1=rev abc>", None, None]
+    value, ours = accumulate(run, jobs), None
+    ours = gradients(run.student)
+    run.student.net.zero_grad()
+    if kind == "live":
+        before = copy.deepcopy(run.student.net)
+    if kind == "ema":
+        with torch.no_grad():
+            for old, new in zip(before.parameters(), run.student.net.parameters()):
+                old.lerp_(new, 0.5)
+    loss = 0.0
+    for r in (rollouts[0], rollouts[2]):
+        lp = log_probs_by_hand(run.student, r.prompt["prompt"], r.ids_T, run.student.vocab)
+        prompt = run.student.tok(r.teacher_prompt).input_ids
+        w = before(torch.tensor(prompt + r.ids_T.tolist())[None]).logits[0, len(prompt) - 1:-1]
+        lq = torch.log_softmax(w[:, :run.student.vocab], -1).detach()
+        lm = torch.log((lp.exp() + lq.exp()) / 2)
+        ratio = (lp.gather(1, r.ids_T[:, None])[:, 0] - r.logp_T).exp().clamp(max=2).detach()
+        jsd_T = 0.5 * (lp.exp() * (lp - lm) + lq.exp() * (lq - lm)).sum(-1)
+        loss = loss + (ratio * jsd_T).mean() / 2
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert (ours - gradients(run.student)).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_sdpo_step_without_anything_to_learn_from_changes_nothing(start):
+    run = start(method="sdpo", weight_decay=0.0)                 # no answer is ever right
+    before = parameters(run.student).clone()
+    opd.train(run)
+    assert torch.equal(before, parameters(run.student))
+    assert all(line["kept"] == 0 and line["solved"] == 0
+               for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0)
+
+
+def test_environment_speaks_only_where_no_demonstration_does(start, prompts, tmp_path):
+    rows = [r | {"grader": "letter_tag", "answer": "A"} for r in WORD_ROWS]
+    for flags, informed in ((dict(), True), (dict(no_environment=True), False)):
+        run = start(method="sdpo", prompts=[prompts("tags", rows)], max_new_tokens=2, **flags)
+        jobs = next(methods.sdpo(run))
+        sees = [r.teacher_prompt for job in jobs for r in job.rollouts]
+        assert all((prompt is not None and "graded" in prompt) == informed for prompt in sees)
+
+
+def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
+    run = start(method="opsd")
+    job, = next(methods.opsd(run))
+    assert job.teacher is not job.student and run.cfg.support == "full" and run.cfg.loss == "jsd"
+    for r in job.rollouts:
+        assert r.teacher_prompt == f"{r.prompt['solution']}={r.prompt['prompt']}"
+        assert opd.rollout_prompt(run.student, r, run.cfg) == run.student.tok(r.prompt["prompt"]).input_ids
+
+
+def test_average_follows_the_student_and_leaves_it_alone(solvable):
+    run = solvable(method="sdpo", ema_rate=0.25, steps=3)
+    average, expected = run.student.average, parameters(run.student).clone()
+    states = []
+    real = data_models.follow
+    data_models.follow = lambda mean, rate: (real(mean, rate), states.append(parameters(run.student).clone()))
+    try:
+        opd.train(run)
+    finally:
+        data_models.follow = real
+    for state in states:
+        expected = 0.75 * expected + 0.25 * state
+    values = torch.cat([v.flatten().double() for v in average.values.values()])
+    assert len(states) == 3 and not torch.equal(states[0], states[-1])
+    assert torch.allclose(values, expected, atol=1e-6)
+    student = parameters(run.student).clone()
+    with pytest.raises(KeyError), average.present():
+        assert torch.equal(parameters(average), values)          # one network, two sets of values
+        raise KeyError
+    assert torch.equal(parameters(run.student), student)
+
+
+# ---- each other --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scores, gaps", [                       # OPCoD sec. 3.2, then table 1 of the paper
+    (((100, 70), (70, 100)), (0.3, 0.3)), (((51.6, 37.3), (48.6, 56.3)), (0.337, 0.058)),
+    (((65.1, 48.1), (56.0, 51.6)), (0.068, 0.140)), (((56.3, 56.1), (37.6, 65.1)), (0.138, 0.332)),
+    (((0.5, 0.0), (0.25, 0.0)), (0.0, 0.5))])                    # nobody is ahead where nobody knows anything
+def test_cognizance_gaps(scores, gaps):
+    assert cognizance_gaps([dict(zip("AB", s)) for s in scores]) == pytest.approx(gaps, abs=6e-4)
+
+
+@pytest.mark.parametrize("gate, expected", [
+    ("cognizance", {"words": False, "more": False}), ("always", {"words": True, "more": True}),
+    ("never", {"words": False, "more": False}), ("selective", {"words": True, "more": False})])
+def test_gate_decides_who_speaks(start, gate, expected):
+    """The first student is too far behind on `more`; the second, within tau, always has the gate's word."""
+    run = start(method="opcod", gate=gate)
+    run.state["gate"] = {"scores": [{"words": 0.9, "more": 0.3}, {"words": 0.8, "more": 0.6}],
+                         "cognizant": [False, True]}
+    first, second = run.students
+    assert {d: methods.speaks(run, first, d) for d in run.branches} == expected
+    assert methods.speaks(run, second, "words") == (gate != "never")
+
+
+def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, monkeypatch):
+    """K updates of student 1, then K of student 2, per round; a tutor and its optimizer do not change."""
+    run, order = solvable(method="opcod", steps=4, rounds=2, gate="always"), []
+    monkeypatch.setattr(run, "write", lambda tutor, prompts: [
+        ("<concept>rev</concept>1" if "rev" in p else "<concept>zebra</concept>2", True) for p in prompts])
+    real = opd.update
+
+    def update(run, jobs, weights):
+        tutee = jobs[0].student
+        tutor, = [s for s in run.students if s is not tutee]
+        before = parameters(tutor).clone()
+        stats = real(run, jobs, weights)
+        assert torch.equal(before, parameters(tutor)) and not tutor.net.training
+        order.append(run.students.index(tutee))
+        for job in jobs:
+            assert job.student is tutee and job.teacher is tutee.average
+            for r, w in zip(job.rollouts, job.weights):
+                others = [o.text for o in job.rollouts if o.reward == 1 and o is not r
+                          and o.prompt["row"] == r.prompt["row"]]
+                s, f = others[0] + "=" if others else "", "1+" if "rev" in r.prompt["prompt"] else ""
+                assert r.teacher_prompt == ((s + f + r.prompt["prompt"]) if s or f else None)
+                assert w == float(bool(s or f))
+        return stats
+
+    monkeypatch.setattr(opd, "update", update)
+    opd.train(run)
+    assert order == [0, 0, 1, 1, 0, 0, 1, 1] and run.state["updates"] == [4, 4]
+    assert [len(o.state) > 0 for s in run.students for o in s.optimizers] == [True, True]
+    lines = [line for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0]
+    assert [line["step"] for line in lines if "gate" in line] == [0, 4]
+    assert [line["tutee"] for line in lines] == [1, 1, 2, 2, 1, 1, 2, 2]
+    assert all(line["feedback"].keys() <= {"kept", "no_match"} for line in lines)
+    assert all(sum(line["feedback"].get(outcome, 0) for line in lines) > 0 for outcome in ("kept", "no_match"))
+    for i in (1, 2):
+        from transformers import AutoModelForCausalLM
+        saved = AutoModelForCausalLM.from_pretrained(run.out / "final" / str(i))
+        assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), run.students[i - 1].net.parameters()))
+
+
+def test_an_incognizant_tutor_is_not_even_asked(solvable, monkeypatch):
+    run = solvable(method="opcod", gate="never", break_prompts=0)
+    monkeypatch.setattr(run, "write", lambda tutor, prompts: [] if not prompts else pytest.fail("asked"))
+    opd.train(run)
+
+
+def test_without_feedback_opcod_is_sdpo_on_each_student(solvable):
+    """c = s: a student's first phase has the same gradients as --method sdpo, to the last bit."""
+    both = solvable(method="opcod", gate="never", rounds=1, break_prompts=0, steps=2)
+    alone = solvable(method="sdpo", prompts=[f"{b}={path}" for b, path in both.cfg.prompts.items()], steps=2)
+    opd.train(both), opd.train(alone)
+    assert torch.equal(parameters(both.students[0]), parameters(alone.student))
+    assert not torch.equal(parameters(both.students[0]), parameters(both.students[1]))
+
+
+@pytest.mark.parametrize("died_at", [2, 4, 6])                   # within round 1, at the border, within round 2
+def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at):
+    flags = dict(method="opcod", steps=4, rounds=2, save_every=1, tau=5, lora_rank=0)
+    whole = solvable(**flags)
+    opd.train(whole)
+    cut = solvable(**flags)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, died_at))
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(cut)
+    monkeypatch.undo()
+    resumed = solvable(**flags, out=cut.out, resume=True)
+    assert resumed.state["step"] == died_at == sum(resumed.state["updates"])
+    opd.train(resumed)
+    for old, new in zip(whole.students, resumed.students):
+        assert torch.equal(parameters(old), parameters(new))
+        assert all(torch.equal(a, b) for a, b in zip(old.average.values.values(), new.average.values.values()))
+    times = ("seconds", "memory_gib")
+    lines = [[{k: v for k, v in line.items() if k not in times} for line in read_lines(run.out / "metrics.jsonl")]
+             for run in (whole, resumed)]
+    assert lines[0] == lines[1]
+
+
+def test_resting_students_compute_the_same(solvable):
+    """--teacher_device swap: who waits is in main memory, optimizer too, and is fetched to write or to learn."""
+    plain, swapped = (solvable(method="opcod", rounds=2, tau=5) for _ in range(2))
+    swapped.cfg.teacher_device = "swap"
+    for student in swapped.students:
+        data_models.rest(student)
+    opd.train(plain), opd.train(swapped)
+    assert [s.swapped for s in swapped.students] == [True, False]          # the second had the last turn
+    for old, new in zip(plain.students, swapped.students):
+        assert torch.equal(parameters(old), parameters(new))
+
+
+def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, monkeypatch):
+    run = solvable(method="opcod", break_prompts=5)
+    first, second = run.students
+    real = run.sample
+    poisoned = lambda p: p["prompt"].startswith("1+") or "=1+" in p["prompt"]
+
+    def sample(model, prompts, **how):
+        rollouts = real(model, prompts, **how)
+        if how.get("n") == 1:
+            for r in rollouts:
+                r.reward = float(not poisoned(r.prompt))
+        return rollouts
+
+    monkeypatch.setattr(run, "sample", sample)
+    monkeypatch.setattr(run, "write", lambda tutor, prompts: [
+        (f"<concept>{p.split()[0]}</concept>1" if p[0] in "rs" else "nothing", True) for p in prompts])
+    run.notes = {"solved": 0.5}
+    found = methods.broken(run, first, second)
+    assert 0 < found["broken"] < found["correct"] and found["broken_without"] == 0
+    assert run.notes == {"solved": 0.5}                          # a measurement, not the step's
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(student=["a"]), "needs two students"), (dict(val_prompts=[]), "--val_prompts has: none"),
+    (dict(prompts=["words.jsonl"]), "needs two branches"), (dict(steps=3, rounds=2), "not a multiple of --rounds"),
+    (dict(teachers=["a"]), "--teachers has no effect"), (dict(method="sdpo", student=["a", "b"]), "has one student"),
+    (dict(method="opd", teachers=["a"], tau=0.3, val_prompts=[]), "--tau has no effect on --method opd"),
+    (dict(templates="none.json"), "none.json"), (dict(loss="akl"), "akl needs the full vocabulary")])
+def test_bad_pairs_are_refused_in_one_line(argv, prompts, flags, message):
+    prompts("words")
+    flags = dict(method="opcod") | flags
+    with pytest.raises(SystemExit, match=message) as refused:
+        opd.main(argv(**flags))
+    assert "\n" not in str(refused.value)
+
+
+def test_students_with_different_tokenizers_are_refused(argv, models, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(models / "b")
+    tok.add_tokens(["<new>"])
+    net = AutoModelForCausalLM.from_pretrained(models / "b")
+    net.resize_token_embeddings(len(tok))
+    net.save_pretrained(tmp_path / "other"), tok.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="different tokenizers"):
+        opd.main(argv(method="opcod", student=[tmp_path / "other", models / "a"]))
+
+
+@pytest.mark.parametrize("where", ["prompts", "val_prompts"])
+@pytest.mark.parametrize("rows, message", [
+    ([], "has no prompts"), ([{"prompt": "a"}], 'has no "answer"'),
+    ([{"prompt": "a", "answer": "Both", "grader": "final_letter"}], "calls no completion correct")])
+def test_domains_that_cannot_be_learned_from(argv, prompts, tmp_path, where, rows, message):
+    flags = {where: [f"words={prompts('fine')}", f"more={prompts('bad', rows)}"]}
+    with pytest.raises(SystemExit, match=message):
+        opd.main(argv(method="opcod", **flags))
+    assert not list(tmp_path.glob("out*/metrics.jsonl"))
+
+
+def test_students_that_never_answer_are_noticed_before_training(argv):
+    with pytest.raises(SystemExit, match="neither student answers a prompt of --val_prompts words correctly"):
+        opd.main(argv(method="opcod"))
+
+
+def test_templates_are_part_of_the_run(start, tmp_path):
+    run = start(method="sdpo")
+    assert run.templates.reprompt == TEMPLATES["reprompt"]
+    assert json.loads(run.cfg.templates.read_text() if hasattr(run.cfg.templates, "read_text")
+                      else open(run.cfg.templates).read()) == TEMPLATES
