@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from data.chat import prompt_text
-from data.feedback import accept, reprompt, told, tutor_prompt
+from data.feedback import accept, last_question, reprompt, told, tutor_prompt
 from data.flags import fail
 from data.graders import complaint
 from losses import DIVERGENCES, Objective
@@ -363,7 +362,7 @@ def feedback(run, tutor, tutee, rollouts):
     domain = dict(zip(map(id, run.students), run.branches))
     texts = run.write(tutor, [tutor_prompt(r.prompt["prompt"], r.text, run.templates, domain[id(tutor)],
                                            domain[id(tutee)], not run.cfg.no_anchor) for r in rollouts])
-    judged = [accept(text, prompt_text(r.prompt["prompt"]), not run.cfg.no_anchor, finished=finished)
+    judged = [accept(text, last_question(r.prompt["prompt"])[1], not run.cfg.no_anchor, finished=finished)
               for r, (text, finished) in zip(rollouts, texts)]
     run.notes["feedback"] = Counter(outcome for _, outcome in judged)
     return [kept for kept, _ in judged]

@@ -516,6 +516,7 @@ class Run:
 
     def rewards(self, model, sets, n, name=None):
         cfg = self.cfg
+        n = n if cfg.eval_temperature > 0 else 1                # greedy completions are all the same
         with self.aside(name):
             rollouts = {name: self.sample(model, prompts, n, cfg.eval_temperature, cfg.eval_top_p)
                         for name, prompts in sets.items()}

@@ -78,7 +78,8 @@ Explain step by step how to arrive at it, as if nobody had told you, and end as 
 
 REQUIRED = {"reprompt": {"prompt", "solution", "feedback"}, "solution": {"solution"},
             "environment": {"feedback"}, "peer": {"feedback"},
-            "told": {"prompt", "answer"}, "anchored": {"question", "response"}, "unanchored": {"question", "response"}}
+            "anchored": {"question", "response"}, "unanchored": {"question", "response"},
+            "told": {"prompt", "answer"}}
 DOMAINS = {"tutor_domain", "tutee_domain"}
 
 
@@ -145,7 +146,7 @@ def with_question(prompt, template, **given):
     """The same prompt, text or chat, with its last question in a template."""
     index, question = last_question(prompt)
     text = template.format(prompt=question, **given)
-    return text if index is None else [*prompt[:index], {**prompt[index], "content": text}, *prompt[index + 1:]]
+    return text if index is None else [*prompt[:index], prompt[index] | {"content": text}, *prompt[index + 1:]]
 
 
 def tutor_prompt(prompt, response, templates, tutor_domain, tutee_domain, anchored=True):
@@ -203,11 +204,11 @@ def words(text):
     r"""The set of words in lower case; hyphens and markup part them. H₂O = H_2O = H2O; \mathrm is none."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:[a-z]+(?=\s*[{\[])|(?:left|right|times|cdot|circ)(?![a-z]))", " ", text)
-    return set(re.findall(r"[^\W_]+", re.sub(r"\}?[_^]\{?(?=\d)", "", text)))
+    return set(re.findall(r"[^\W_]+", re.sub(r"\}?[_^](?:\{(\d+)\}|(?=\d))", r"\1", text)))
 
 
 def specific(text):
-    """Words that may anchor: not generic, no number, no lone Latin letter (each question has "A:" to "D:")."""
+    """Words that may anchor: not generic, no number, no lone Latin letter (questions have "A:" to "D:")."""
     return {w for w in words(text) - GENERIC if not w.isnumeric() and not re.fullmatch("[a-z]", w)}
 
 
@@ -220,10 +221,10 @@ TERM = r"(?![\w'’]|-\w|\.\w|\s*[=+/^<>≈≤≥×·⋅∝\\])"              # 
 ENDS = (r"(?!\.\w)(?=[*_]*(?:\s*\Z|[ \t]*\n(?![ \t]*[a-z])|[.,;:!?)\]](?!\w)|\s+[-–—]\s|"
         r"\s+(?:because|since|as|and|but|which|due\s+to|rather\s+than)(?![-\w])))")
 BARE = rf"(?:[B-HJ]{TERM}|[AIb-d]{ENDS}|A(?=\s+\()|a(?!,){ENDS})"        # not in "a, possibly large, number"
-NAMED = (r"(?i:(?:the\s+)?(?:option|choice|letter|answer))\s*:?\s*[*_(]*"
-         rf"(?:[A-J]{TERM}|[a-d][)*_]|[a-d]{ENDS})")
-MARKED = (r"(?:(?:\\\w+\s*\{|\\?[(\[]|[*_\"“$])\s{0,3}){1,6}[A-Ja-d][.:]?"
-          r"(?:\s{0,3}\\?[)\]]|[*_\"”}$]){1,9}(?![*_\"”)\]}$\w]|-\w)")
+NAMED = (r"(?i:(?:the\s+)?(?:option|choice|letter|answer))\s*:?\s*[*_]*"
+         rf"(?:\([A-Ja-d]\)|[A-J]{TERM}|[a-d]{ENDS})")
+MARKED = (r"(?:(?:\\\w+\s*\{|\\?[(\[]|[*_`\"“$])\s{0,3}){1,6}[A-Ja-d][.:]?"
+          r"(?:\s{0,3}\\?[)\]]|[*_`\"”}$]){1,9}(?![*_`\"”)\]}$\w]|-\w)")
 WRONG = (r"(?!\s+(?:is|was|seems|looks|cannot\s+be)\s+(?:\w+\s+)?"
          r"(?:wrong|incorrect|not|false|mistaken|unsupported|unjustified|flawed)\b)")
 THEN = r"(?:,?\s+(?:therefore|thus|hence|then|indeed|clearly|actually|simply|likely|probably|in\s+fact)\b)?"
@@ -235,13 +236,13 @@ PHRASE = re.compile(rf"""(?<![\w*\#])(?:\#+[ \t]+)?[*_]{{0,3}}
         (?:(?:answer|option|choice|letter)(?:\s+(?:option|choice|letter))?|(?<=correct\s)one|(?<=right\s)one)
         (?:\s+here|\s+(?:to|for|in)(?:\s+[\w-]+){{1,4}}?)? {THEN},?
         (?:[\s*_]{{0,9}}(?:[:：=]|[-–—]\s|{IS})[\s*_:,]{{0,9}} | (?(right)[\s*_]{{0,3}},?\s+|(?!))))
-    (?:{NAMED}|{MARKED}|{BARE})[*_)]*(?![*_)]){WRONG}""", re.X)
+    (?:{NAMED}|{MARKED}|{BARE})[*_]*(?![*_]){WRONG}""", re.X)
 TURNED = re.compile(rf"""(?<!\w)(?<!if\s)(?<!whether\s)
-    (?:(?i:option|choice)\s+[*_(]*[A-J](?!\w)[*_)]*\s+(?i:{IS}\s+(?:the\s+)?(?:correct|right)\b)
+    (?:(?i:option|choice)\s+[*_]*\(?[A-J](?!\w)\)?[*_]*\s+(?i:{IS}\s+(?:the\s+)?(?:correct|right)\b)
       |(?:{MARKED}|[A-J])\s+(?i:{IS}\s+the\s+(?:correct|right|best)\s+(?=answer|option|choice|one)))
     (?i:\s*(?:answer|option|choice|one)\b)?""", re.X)
 ALONE = re.compile(
-    r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*)*\(?[A-Ja-d]\)?\}*\s*(?:[.:)][^{}]*)?\}+"          # also \boxed{B: 2.0}
+    r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*)*\(?[A-Ja-d]\)?\}*\s*(?:[.:)][^{}]*(?:\}[^{}]*)?)?\}+"  # \boxed{B: 2.0}
     r"|(?<![*\w])(\*{2,3}|__)\(?(?:[A-J]|(?<=\()[a-d])\)?\.?\1(?![*\w]|-\w|\s*[=+/^×·])"
     r"|(?is:<answer>.*?</answer>)|(?i:<answer>\W*[a-j]\b|</?answer>)")
 GONE = "\0"
@@ -249,7 +250,7 @@ GONE = "\0"
 
 def without_answers(text):
     """Without what reveals an option's letter (C.2): "the correct option is X" and its like, boxes, bold
-    letters, answer tags; with the punctuation of a sentence that is nothing else. Unchanged where nothing does.
+    letters, answer tags; and the punctuation of a sentence that is nothing else. Unchanged if nothing does.
     """
     def whole(found):
         peers = found["whose"] and not re.search("correct|right|true", found["right"] or "", re.I)
@@ -263,7 +264,7 @@ def without_answers(text):
     return text
 
 
-SHORT = re.compile(r"\W*(?:e\.g|i\.e|cf|vs|eqs?|figs?|refs?|approx|resp|dr|\d\d?)\.", re.I)  # ends no sentence
+SHORT = re.compile(r"\W*(?:e\.g|i\.e|cf|vs|eqs?|figs?|refs?|approx|resp|dr|\d\d?)\.", re.I)   # no end
 
 
 def shortened(text, most_words, finished=True):

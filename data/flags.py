@@ -150,9 +150,9 @@ def parser(about, methods, losses, divergences, supports, recipes):
         help="taid: the teacher's share at the first step, 1 at the last")
     add("--support", choices=supports,
         help="which entries count (default: full; sdpo, opcod: student_tail with top_k 100): all, or the "
-             "--top_k largest of student or teacher; what becomes of the others: raw and sg nothing (sg without "
-             "the gradient of the kept mass), renorm they have no probability, tail they are one more entry; "
-             "2605.11182")
+             "--top_k largest of student or teacher; what becomes of the others: raw and sg nothing (sg "
+             "without the gradient of the kept mass), renorm they have no probability, tail they are one "
+             "more entry; 2605.11182")
     add("--top_k", type=COUNT, help="entries of a --support")
     add("--loss_temperature", type=POSITIVE, default=1.0, help="divides both models' logits in the loss")
     add("--importance_cap", type=NOT_NEGATIVE, metavar="C",

@@ -15,9 +15,10 @@ from data import small_world
 from methods import METHODS
 
 torch.set_num_threads(2)
-TEMPLATES = {"reprompt": "{solution}{feedback}{prompt}", "solution": "{solution}=", "environment": "{feedback}=",
-             "peer": "{feedback}+", "told": "{answer}={prompt}", "anchored": "{question}{response}>",
-             "unanchored": "{question}{response}="}            # as short as the prompts
+TEMPLATES = {                                                    # as short as the prompts
+    "reprompt": "{solution}{feedback}{prompt}", "solution": "{solution}=", "environment": "{feedback}=",
+    "peer": "{feedback}+", "told": "{answer}={prompt}", "anchored": "{question}{response}>",
+    "unanchored": "{question}{response}="}
 WORD_ROWS = [{"prompt": p, "answer": a, "solution": a} for p, a in (
     ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"),
     ("sort zyx>", "xyz"))]
@@ -53,8 +54,9 @@ def argv(tmp_path, models, prompts):
     def build(**flags):
         build.calls += 1
         method = METHODS.get(flags.get("method"), METHODS["opd"])
-        ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6, device="cpu",
-                    out=tmp_path / f"out{build.calls}", teachers=[models / "wide"] if method.teachers else [])
+        ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6,
+                    device="cpu", out=tmp_path / f"out{build.calls}",
+                    teachers=[models / "wide"] if method.teachers else [])
         if "templates" in method.flags:
             ours["templates"] = tmp_path / "templates.json"
             ours["templates"].write_text(json.dumps(TEMPLATES))

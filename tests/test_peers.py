@@ -5,27 +5,28 @@ import json
 import pytest
 import torch
 from conftest import TEMPLATES, WORD_ROWS, gradients, parameters
-from test_loop import accumulate, die_at, double, trained
+from test_data import SHARED
+from test_loop import accumulate, die_at, double
 
 import methods
 import opd
+from data import convert, scratch
 from data import models as data_models
+from data.feedback import Templates, told
 from data.files import read_lines
 from methods import advantages, cognizance_gaps, demonstrations, self_taught
 
-METHODS_WITH_REWARDS = ("grpo", "star", "sdpo", "opcod")
-
-
 @pytest.fixture
 def solvable(start, models, prompts, tmp_path):
-    """start(..) on prompts of which tiny random models get some right: the answers are their likeliest tokens."""
+    """start(..) on prompts of which tiny random models get some right: answers are their likeliest tokens."""
     answers = {}
     for name in ("a", "b"):
         run = start(student=models / name, method="grpo", max_new_tokens=1)
         written = run.sample(run.student, [{"prompt": r["prompt"]} for r in WORD_ROWS], n=1, temperature=0)
         answers[name] = [r | {"answer": w.text, "solution": w.text} for r, w in zip(WORD_ROWS, written)]
     common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
-    pair = lambda name: [f"words={prompts(name + 'a', answers['a'])}", f"more={prompts(name + 'b', answers['b'])}"]
+    pair = lambda name: [f"{branch}={prompts(name + branch, answers[of])}"
+                         for branch, of in (("words", "a"), ("more", "b"))]
     both = dict(method="opcod", prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
     return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else dict(
         prompts=[prompts("solvable", answers["a"])])) | flags)
@@ -57,7 +58,7 @@ def test_group_advantages_are_relative_to_their_own_prompt():
 
 
 def test_grpo_gradient_is_its_definition(start):
-    """Mean over all rollouts, those without advantage too; importance weights are cut at the cap, not dropped."""
+    """Mean over all rollouts, those without advantage too; importance weights are cut at the cap."""
     run = double(start(method="grpo"))
     rollouts = some(run, (1, 0, 0, 1), 0) + some(run, (1, 1), 1)
     g = torch.Generator().manual_seed(0)
@@ -111,7 +112,7 @@ def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(
 
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
 def test_gradient_of_self_distillation_is_its_definition(start, kind):
-    """JSD(p(. | x) || sg q(. | x, s)), q the student as it is, was, or is on average; the uninformed have none."""
+    """JSD(p(. | x) || sg q(. | x, s)), q the student as it is, was, or is on average, of the informed."""
     run = double(start(method="sdpo", self_teacher=kind, ema_rate=0.5, top_k=1000, micro_tokens=20))
     teacher = run.self_teacher(run.student)
     teacher.net.double()
@@ -125,7 +126,8 @@ def test_gradient_of_self_distillation_is_its_definition(start, kind):
         data_models.follow(run.student.average, 0.5)
     rollouts = some(run, (0, 1, 0), 0) + some(run, (0, 0), 1)
     jobs = self_taught(run, run.student, rollouts, demonstrations(run, rollouts))
-    assert [r.teacher_prompt for r in rollouts] == ["text 0 1=rev abc>", None, "text 0 1=rev abc>", None, None]
+    sees = "text 0 1=rev abc>"
+    assert [r.teacher_prompt for r in rollouts] == [sees, None, sees, None, None]
     value, ours = accumulate(run, jobs), None
     ours = gradients(run.student)
     run.student.net.zero_grad()
@@ -254,11 +256,13 @@ def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, mon
     assert [line["step"] for line in lines if "gate" in line] == [0, 4]
     assert [line["tutee"] for line in lines] == [1, 1, 2, 2, 1, 1, 2, 2]
     assert all(line["feedback"].keys() <= {"kept", "no_match"} for line in lines)
-    assert all(sum(line["feedback"].get(outcome, 0) for line in lines) > 0 for outcome in ("kept", "no_match"))
+    for outcome in ("kept", "no_match"):
+        assert sum(line["feedback"].get(outcome, 0) for line in lines) > 0
     for i in (1, 2):
         from transformers import AutoModelForCausalLM
         saved = AutoModelForCausalLM.from_pretrained(run.out / "final" / str(i))
-        assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), run.students[i - 1].net.parameters()))
+        ours = run.students[i - 1].net.parameters()
+        assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), ours))
 
 
 def test_an_incognizant_tutor_is_not_even_asked(solvable, monkeypatch):
@@ -276,7 +280,7 @@ def test_without_feedback_opcod_is_sdpo_on_each_student(solvable):
     assert not torch.equal(parameters(both.students[0]), parameters(both.students[1]))
 
 
-@pytest.mark.parametrize("died_at", [2, 4, 6])                   # within round 1, at the border, within round 2
+@pytest.mark.parametrize("died_at", [2, 4, 6])                   # in round 1, at its end, in round 2
 def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at):
     flags = dict(method="opcod", steps=4, rounds=2, save_every=1, tau=5, lora_rank=0)
     whole = solvable(**flags)
@@ -291,15 +295,14 @@ def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at):
     opd.train(resumed)
     for old, new in zip(whole.students, resumed.students):
         assert torch.equal(parameters(old), parameters(new))
-        assert all(torch.equal(a, b) for a, b in zip(old.average.values.values(), new.average.values.values()))
-    times = ("seconds", "memory_gib")
-    lines = [[{k: v for k, v in line.items() if k not in times} for line in read_lines(run.out / "metrics.jsonl")]
-             for run in (whole, resumed)]
+        assert all(torch.equal(a, b) for a, b in zip(opd.averaged(old), opd.averaged(new), strict=True))
+    lines = [[{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
+              for line in read_lines(run.out / "metrics.jsonl")] for run in (whole, resumed)]
     assert lines[0] == lines[1]
 
 
 def test_resting_students_compute_the_same(solvable):
-    """--teacher_device swap: who waits is in main memory, optimizer too, and is fetched to write or to learn."""
+    """--teacher_device swap: who waits is in main memory, optimizer too, and comes to write or to learn."""
     plain, swapped = (solvable(method="opcod", rounds=2, tau=5) for _ in range(2))
     swapped.cfg.teacher_device = "swap"
     for student in swapped.students:
@@ -334,8 +337,10 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
 
 @pytest.mark.parametrize("flags, message", [
     (dict(student=["a"]), "needs two students"), (dict(val_prompts=[]), "--val_prompts has: none"),
-    (dict(prompts=["words.jsonl"]), "needs two branches"), (dict(steps=3, rounds=2), "not a multiple of --rounds"),
-    (dict(teachers=["a"]), "--teachers has no effect"), (dict(method="sdpo", student=["a", "b"]), "has one student"),
+    (dict(prompts=["words.jsonl"]), "needs two branches"),
+    (dict(steps=3, rounds=2), "not a multiple of --rounds"),
+    (dict(teachers=["a"]), "--teachers has no effect"),
+    (dict(method="sdpo", student=["a", "b"]), "has one student"),
     (dict(method="opd", teachers=["a"], tau=0.3, val_prompts=[]), "--tau has no effect on --method opd"),
     (dict(templates="none.json"), "none.json"), (dict(loss="akl"), "akl needs the full vocabulary")])
 def test_bad_pairs_are_refused_in_one_line(argv, prompts, flags, message):
@@ -378,3 +383,50 @@ def test_templates_are_part_of_the_run(start, tmp_path):
     assert run.templates.reprompt == TEMPLATES["reprompt"]
     assert json.loads(run.cfg.templates.read_text() if hasattr(run.cfg.templates, "read_text")
                       else open(run.cfg.templates).read()) == TEMPLATES
+
+
+# ---- real questions ----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (SHARED / "sciknoweval").exists(), reason="real data is not here")
+def test_the_paths_of_the_recipe_on_real_physics(tmp_path):
+    """Convert, star, opcod with the English templates, on a chat model that has learned the answer's form."""
+    convert.main(["hicai-zju/SciKnowEval/physics", "--out", str(tmp_path), "--file",
+                  str(SHARED / "sciknoweval" / "physics_l3_hub_schema.jsonl")])
+    rows = {part: read_lines(tmp_path / f"physics_{part}.jsonl") for part in ("train", "val")}
+    short = sorted(rows["train"], key=lambda r: len(r["prompt"][1]["content"]))[:60]
+    answered = [r | {"solution": f"<answer>\n{r['answer']}\n</answer>"} for r in short]
+    hinted = [r | {"prompt": told(r["prompt"], Templates(), r["answer"])} for r in answered]
+    files = {"form": answered[::2] + hinted[1::2], "physics": short[:30], "more": short[30:],
+             "val": rows["val"][:8]}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    tok = scratch.tokenizer([r["prompt"][0]["content"] + r["prompt"][1]["content"] + r["solution"]
+                             for r in answered + hinted], 600)
+    for name, seed in (("a", 0), ("b", 1)):
+        scratch.model(tok, seed, 64, 2, 8, positions=8192).save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+        common = ["--device", "cpu", "--max_new_tokens", "24", "--chat_template_kwargs",
+                  '{"enable_thinking": false}', "--batch", "8", "--micro_tokens", "8192"]
+        opd.main(["--student", f"{tmp_path}/{name}", "--prompts", f"{tmp_path}/form.jsonl", "--method", "sft",
+                  "--optimizer", "muon", "--lr", "1e-2", "--steps", "25", "--out", f"{tmp_path}/form-{name}",
+                  *common])
+    opd.main(["--student", f"{tmp_path}/form-a/final", "--prompts", f"{tmp_path}/physics.jsonl",
+              "--method", "star", "--steps", "2", "--out", f"{tmp_path}/star", *common])
+    assert sum(line["kept"] for line in read_lines(tmp_path / "star" / "metrics.jsonl")[1:]) > 0
+    both = lambda name: [f"{branch}={tmp_path}/{name or branch}.jsonl" for branch in ("physics", "more")]
+    opd.main(["--student", f"{tmp_path}/star/final", f"{tmp_path}/form-b/final", "--method", "opcod",
+              "--prompts", *both(""), "--val_prompts", *both("val"), "--eval_prompts", *both("val"),
+              "--steps", "1", "--rounds", "1", "--rollouts", "4", "--gate_rollouts", "4", "--tau", "9",
+              "--eval_temperature", "1", "--feedback_tokens", "24", "--log_samples", "64",
+              "--out", f"{tmp_path}/opcod", *common])
+    first, second = [line for line in read_lines(tmp_path / "opcod" / "metrics.jsonl") if line["step"] >= 0]
+    assert first["gate"]["cognizant"] == [True, True] and 0 < first["solved"] < 1 and first["kept"] > 0
+    assert sum(first["feedback"].values()) == 32 == sum(second["feedback"].values())
+    seen = [s for s in read_lines(tmp_path / "opcod" / "samples.jsonl") if "teacher_sees" in s]
+    assert seen
+    for s in seen:
+        assert s["teacher_sees"].startswith(s["prompt"] + "\n\nCorrect solution:\n\n<answer>")
+        assert s["teacher_sees"].endswith("\n\nCorrectly solve the original question.")
+    for i in (1, 2):
+        assert (tmp_path / "opcod" / "final" / str(i) / "model.safetensors").exists()
+    assert "## Rounds" in (tmp_path / "opcod" / "report.md").read_text()

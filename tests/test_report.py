@@ -7,7 +7,8 @@ import pytest
 
 from data import recipes, report
 
-CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": "sdpo", "loss": "jsd", "device_name": "cpu",
+CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": "sdpo", "loss": "jsd",
+          "device_name": "cpu",
           "dtype": "float32", "seed": 0, "started": "today",
           "eval_prompts": {"physics": "p", "chemistry": "c"}, "eval_rollouts": 16, "eval_temperature": 0.6,
           "versions": {"torch": "2"}, "tau": 0.2}
@@ -167,7 +168,7 @@ def test_one_student_has_no_rounds_no_ways(tmp_path, monkeypatch):
     report.write_run(tmp_path / "run")
     text = (tmp_path / "run" / "report.md").read_text()
     assert text.startswith("# models/a taught by models/t: sdpo, jsd\n") and 'run/final"' in text
-    absent = ("## Rounds", "## Feedback", "Student 1", "The models", "top_p")
+    absent = ("## Rounds", "## Feedback", "Student 1", "The models", ", top_p")
     assert not [word for word in absent if word in text]
     assert panels.titles() == ["divergence, nats per token", "accuracy in evaluation, %", "seconds per step"]
 
