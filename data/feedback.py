@@ -146,7 +146,8 @@ def with_question(prompt, template, **given):
     """The same prompt, text or chat, with its last question in a template."""
     index, question = last_question(prompt)
     text = template.format(prompt=question, **given)
-    return text if index is None else [*prompt[:index], prompt[index] | {"content": text}, *prompt[index + 1:]]
+    return text if index is None else [*prompt[:index], prompt[index] | {"content": text},
+                                       *prompt[index + 1:]]
 
 
 def tutor_prompt(prompt, response, templates, tutor_domain, tutee_domain, anchored=True):

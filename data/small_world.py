@@ -139,15 +139,16 @@ def rows(rng, branch, verbs, count, evaluation=False):
     return [draw(rng, branch, verbs[i % len(verbs)], evaluation) for i in range(count)]
 
 
-def tokenizer():
-    """One token per verb, one per character otherwise."""
+def tokenizer(words=tuple(VERBS), symbols="", marks=" >+="):
+    """One token per word, one per symbol or character otherwise."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = sorted(set(" >+=0123456789" + LETTERS + LETTERS.upper()))
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *VERBS, *characters])}
+    characters = sorted({*marks, *"0123456789", *LETTERS, *LETTERS.upper(), *symbols})
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *words, *characters])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    pieces = Regex("|".join(rf"\b{verb}\b" for verb in VERBS) + "|[\\s\\S]")
+    longest_first = sorted(symbols, key=len, reverse=True)
+    pieces = Regex("|".join([*(rf"\b{word}\b" for word in words), *longest_first, "[\\s\\S]"]))
     core.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
