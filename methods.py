@@ -270,7 +270,7 @@ def sdpo(run):
     """
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw())
-        solutions = demonstrations(run, rollouts)
+        solutions = demonstrations(rollouts)
         environment = [None if s or run.cfg.no_environment else complaint(r.prompt["grader"], r.text)
                        for r, s in zip(rollouts, solutions)]
         yield self_taught(run, run.student, rollouts, solutions, environment)
@@ -285,10 +285,9 @@ def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
     return jobs_by_branch(run, student, run.self_teacher(student), rollouts, informed)
 
 
-def demonstrations(run, rollouts):
+def demonstrations(rollouts):
     """For every rollout the earliest correct one of its prompt, but not itself; None where there is none."""
     correct = {key: [r for r in group if r.reward == 1] for key, group in by_prompt(rollouts).items()}
-    run.notes["solved"] = sum(map(bool, correct.values())) / len(correct)
     return [next((other.text for other in correct[prompt_key(r.prompt)] if other is not r), None)
             for r in rollouts]
 
@@ -320,7 +319,7 @@ def opcod(run):
             run.state["gate"] = {"round": which // 2} | cognizance(run)
             run.notes["gate"] = run.state["gate"]
         rollouts = run.sample(tutee, run.draw())
-        solutions = demonstrations(run, rollouts)
+        solutions = demonstrations(rollouts)
         heard = [r for r in rollouts if speaks(run, tutor, r.prompt["branch"])]
         kept = dict(zip(map(id, heard), feedback(run, tutor, tutee, heard)))
         run.notes["tutee"] = run.students.index(tutee) + 1
@@ -359,10 +358,11 @@ def speaks(run, tutor, domain):
 
 def feedback(run, tutor, tutee, rollouts):
     """What the tutor says about each of the tutee's rollouts and may be passed on, else None. App. C."""
-    domain = dict(zip(map(id, run.students), run.branches))
-    texts = run.write(tutor, [tutor_prompt(r.prompt["prompt"], r.text, run.templates, domain[id(tutor)],
-                                           domain[id(tutee)], not run.cfg.no_anchor) for r in rollouts])
-    judged = [accept(text, last_question(r.prompt["prompt"])[1], not run.cfg.no_anchor, finished=finished)
+    domains = [run.branches[run.students.index(student)] for student in (tutor, tutee)]
+    anchored = not run.cfg.no_anchor
+    texts = run.write(tutor, [tutor_prompt(r.prompt["prompt"], r.text, run.templates, *domains, anchored)
+                              for r in rollouts])
+    judged = [accept(text, last_question(r.prompt["prompt"])[1], anchored, finished=finished)
               for r, (text, finished) in zip(rollouts, texts)]
     run.notes["feedback"] = Counter(outcome for _, outcome in judged)
     return [kept for kept, _ in judged]
@@ -371,18 +371,21 @@ def feedback(run, tutor, tutee, rollouts):
 def broken(run, tutor, tutee):
     """How many of the tutee's correct validation rollouts its self-teacher gets wrong with feedback. App. E.
 
-    broken_without: how many it gets wrong without, from the same demonstrations; the paper does not say.
+    correct: those whose feedback is kept. broken_without: how many of them it gets wrong without it, from the
+    same demonstrations; the paper has no such control.
     """
     with run.aside():
         rollouts = run.sample(tutee, run.validation(run.cfg.break_prompts))
-        pairs = [(r, s) for r, s in zip(rollouts, demonstrations(run, rollouts)) if r.reward == 1]
-        heard, wrong = feedback(run, tutor, tutee, [r for r, _ in pairs]), []
-        for peer in (heard, [None] * len(pairs)):
-            seen = [r.prompt | {"prompt": reprompt(r.prompt["prompt"], run.templates, s, None, f)
-                                or r.prompt["prompt"]} for (r, s), f in zip(pairs, peer)]
-            answers = run.sample(run.self_teacher(tutee), seen, n=1)
-            wrong.append(sum(answer.reward < 1 for answer in answers))
-    return {"correct": len(pairs), "broken": wrong[0], "broken_without": wrong[1]}
+        correct = [(r, s) for r, s in zip(rollouts, demonstrations(rollouts)) if r.reward == 1]
+        heard = feedback(run, tutor, tutee, [r for r, _ in correct])
+        kept, wrong = [(r.prompt, s, f) for (r, s), f in zip(correct, heard) if f], {}
+        for name, told_too in (("broken", True), ("broken_without", False)):
+            seen = [reprompt(p["prompt"], run.templates, s, peer=f if told_too else None) or p["prompt"]
+                    for p, s, f in kept]
+            answers = run.sample(run.self_teacher(tutee), [p | {"prompt": x} for (p, *_), x in zip(kept, seen)],
+                                 n=1)
+            wrong[name] = sum(answer.reward < 1 for answer in answers)
+    return {"correct": len(kept)} | wrong
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import (DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at,
                     truncated_importance)
-from methods import METHODS, Rollout, by_branch
+from methods import METHODS, Rollout, by_branch, by_prompt
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopPLogitsWarper)
 
@@ -337,11 +337,19 @@ def describe(rollouts, weights, stats, jobs):
     cut = [r.ids_T[-1].item() not in jobs[0].student.stops for r in rollouts]
     out = {"rollouts": len(rollouts), "kept": sum(bool(w_T.any()) for w_T in weights), "tokens": sum(lengths),
            "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
-           "reward": sum(rewards) / len(rewards) if rewards else None,
+           "reward": sum(rewards) / len(rewards) if rewards else None, "solved": solved(rollouts),
            "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
     for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
         out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
     return {name: x for name, x in out.items() if x is not None}
+
+
+def solved(rollouts):
+    """The share of prompts with a correct rollout; None where prompts have one rollout or no answer."""
+    groups = [group for group in by_prompt(rollouts).values() if len(group) > 1]
+    if not groups or any(r.reward is None for r in rollouts):
+        return None
+    return sum(any(r.reward == 1 for r in group) for group in groups) / len(groups)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -367,7 +367,7 @@ def test_teachers_never_change(start, models, prompts):
         assert all(p.grad is None for p in model.net.parameters())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.students == 1])
 def test_same_seed_same_numbers(start, method):
     flags = (dict(method=method, lr=1e-3)
              | {"sft": {"teachers": []}, "camopd": {"schedule": "1"}}.get(method, {}))

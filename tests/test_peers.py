@@ -25,7 +25,7 @@ def solvable(start, models, prompts, tmp_path):
         written = run.sample(run.student, [{"prompt": r["prompt"]} for r in WORD_ROWS], n=1, temperature=0)
         answers[name] = [r | {"answer": w.text, "solution": w.text} for r, w in zip(WORD_ROWS, written)]
     common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
-    pair = lambda name: [f"{branch}={prompts(name + branch, answers[of])}"
+    pair = lambda name: [f"{branch}={prompts('solvable' + name + branch, answers[of])}"
                          for branch, of in (("words", "a"), ("more", "b"))]
     both = dict(method="opcod", prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
     return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else dict(
@@ -105,9 +105,9 @@ def test_star_learns_the_plain_prompt_from_answers_written_with_the_hint(solvabl
 def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(start):
     run = start(method="sdpo")
     rollouts = some(run, (0, 1, 0, 1), 0) + some(run, (0, 1), 1) + some(run, (0, 0), 2)
-    assert demonstrations(run, rollouts) == ["text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None,
+    assert demonstrations(rollouts) == ["text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None,
                                              None, None]
-    assert run.notes["solved"] == 2 / 3
+    assert opd.solved(rollouts) == 2 / 3
 
 
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
@@ -125,7 +125,7 @@ def test_gradient_of_self_distillation_is_its_definition(start, kind):
     if kind == "ema":
         data_models.follow(run.student.average, 0.5)
     rollouts = some(run, (0, 1, 0), 0) + some(run, (0, 0), 1)
-    jobs = self_taught(run, run.student, rollouts, demonstrations(run, rollouts))
+    jobs = self_taught(run, run.student, rollouts, demonstrations(rollouts))
     sees = "text 0 1=rev abc>"
     assert [r.teacher_prompt for r in rollouts] == [sees, None, sees, None, None]
     value, ours = accumulate(run, jobs), None
@@ -328,11 +328,12 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
 
     monkeypatch.setattr(run, "sample", sample)
     monkeypatch.setattr(run, "write", lambda tutor, prompts: [
-        (f"<concept>{p.split()[0]}</concept>1" if p[0] in "rs" else "nothing", True) for p in prompts])
-    run.notes = {"solved": 0.5}
+        (f"<concept>{p.split()[0]}</concept>{1 if p[0] in 'rs' else 2}" if p[0] in "rsl" else "nothing", True)
+        for p in prompts])
+    run.notes = {"tutee": 2}
     found = methods.broken(run, first, second)
     assert 0 < found["broken"] < found["correct"] and found["broken_without"] == 0
-    assert run.notes == {"solved": 0.5}                          # a measurement, not the step's
+    assert run.notes == {"tutee": 2}                             # a measurement, not the step's
 
 
 @pytest.mark.parametrize("flags, message", [
