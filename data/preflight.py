@@ -22,7 +22,7 @@ from .chat import encode_completion, encode_prompt, may_think, reads_nothing
 from .feedback import reprompt, told, tutor_prompt
 from .flags import fail
 from .graders import can_be_correct
-from .models import fake_mode
+from .models import fake_mode, tensors
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # bytes of what cannot run on fake tensors
@@ -256,16 +256,12 @@ def memory(run):
     return parts
 
 
-def tensors(model):
-    return [*model.net.parameters(), *model.net.buffers()]
-
-
 def weight_bytes(model):
     """Of parameters and buffers; of a quantised folder, what its files hold."""
     files = list(Path(model.path).glob("*.safetensors"))
     if getattr(model.net.config, "quantization_config", None) and files:
         return sum(file.stat().st_size for file in files)
-    return sum(x.nbytes for x in tensors(model))
+    return sum(x.nbytes for x in tensors(model.net))
 
 
 def simulation(bytes_of):
@@ -282,7 +278,7 @@ def simulation(bytes_of):
 @simulation
 def sampling_bytes(model, sequences, prompt, length):
     """The KV cache at full length, a layer's twice as it grows, logits, bfloat16 copies of the weights."""
-    with fake_mode(), torch.no_grad(), Live(tensors(model)) as live, model.running():
+    with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.running():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
     grown, largest = 0, 0
@@ -305,7 +301,7 @@ def cast_bytes(model):
 @simulation
 def forward_bytes(model, sequences, length):
     """The peak of a forward pass without gradient."""
-    with fake_mode(), torch.no_grad(), Live(tensors(model)) as live:
+    with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live:
         model.hidden(torch.zeros(sequences, length, dtype=torch.long))
     return live.peak
 
@@ -314,7 +310,7 @@ def forward_bytes(model, sequences, length):
 def update_bytes(model, sequences, length, again):
     """The peak of forward and backward beside the gradients; `again`: they are there from one before."""
     parameters = [p for p in model.net.parameters() if p.requires_grad]
-    with fake_mode(), Live(tensors(model)) as live:
+    with fake_mode(), Live(tensors(model.net)) as live:
         for _ in range(2 if again else 1):
             live.peak = 0
             hidden_BTH = model.hidden(torch.zeros(sequences, length, dtype=torch.long))

@@ -18,7 +18,7 @@ from data import preflight, scratch, small_world
 from data.chat import encode_completion, encode_prompt, end_of_turn
 from data.files import read_lines
 from losses import Objective
-from methods import Job, Rollout
+from methods import METHODS, Job, Rollout
 
 QUESTIONS = [{"prompt": f"What is {a} and {b}?", "answer": str(a + b), "solution": f"It is {a + b}.",
               "grader": "number"} for a in range(2, 5) for b in range(3, 5)]
@@ -475,7 +475,7 @@ def test_a_teacher_elsewhere_teaches_the_same_on_a_gpu(begin, where, method):
 
 MEMORY = [dict(), dict(gradient_checkpointing=True), dict(dtype="bfloat16"), dict(lora_rank=4),
           dict(loss="nll", method="sft"), dict(optimizer="muon"), dict(micro_tokens=10_000),
-          dict(loss="pg", method="mopd"), "evaluation"]
+          dict(loss="pg", method="mopd"), dict(method="opsd", self_teacher="ema"), "evaluation"]
 
 
 @pytest.mark.parametrize("flags", MEMORY, ids=str)
@@ -493,7 +493,7 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
     rows = [{"prompt": text[:150], "solution": text}] * 16
     flags = dict(student=tmp_path / "s", teachers=[tmp_path / "t"], prompts=[prompts("long", rows)], steps=3,
                  batch=16, max_new_tokens=len(encode_completion(tok, text)), micro_tokens=700) | flags
-    if flags.get("method") == "sft":
+    if not METHODS[flags.get("method", "opd")].teachers:
         flags["teachers"] = []
     parts = preflight.memory(start(**flags, dry_run=True))
     predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) for phase in preflight.PHASES}
@@ -501,7 +501,8 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
     run, measured = start(**flags), {}
     run.student.stops = [run.student.vocab - 1]                  # completions of full length
     models = [run.student, *preflight.distinct(run)]
-    known = [x for model in models for x in preflight.tensors(model)]
+    known = [x for model in models for x in preflight.tensors(model.net)] + opd.averaged(run.student)
+    held = sum(map(preflight.weight_bytes, models)) + sum(x.nbytes for x in opd.averaged(run.student))
     monkeypatch.setattr("kernels.chunked._held", type("Empty", (), {})())
     with preflight.Live(known) as live:
         @contextlib.contextmanager
@@ -509,7 +510,7 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
             live.peak = live.now
             yield
             run.clock[name] = 1.0
-            measured[name] = max(live.peak + sum(map(preflight.weight_bytes, models)), measured.get(name, 0))
+            measured[name] = max(live.peak + held, measured.get(name, 0))
         run.timed = timed
         opd.train(run)
     assert measured.keys() == set(preflight.PHASES) - ({"sample"} if flags.get("method") == "sft" else set())

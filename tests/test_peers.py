@@ -179,6 +179,31 @@ def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
         assert opd.rollout_prompt(run.student, r, run.cfg) == run.student.tok(r.prompt["prompt"]).input_ids
 
 
+@pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
+def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
+    """Frozen: the network without its adapter; ema: two sets of adapter weights. Both start as the student."""
+    pytest.importorskip("peft", reason="optional: pip install peft")
+    run = start(method="opsd", self_teacher=kind, lora_rank=4, lr=1e-2, steps=3)
+    teacher = run.self_teacher(run.student)
+    assert teacher.net is run.student.net
+    kept = sum(value.numel() for value in teacher.values.values())
+    adapter = sum(p.numel() for p in run.student.net.parameters() if p.requires_grad)
+    assert kept == {"frozen": 0, "ema": adapter, "live": 0}[kind] and 0 < adapter
+
+    def states(model):
+        with torch.no_grad(), model.present():
+            return model.hidden(torch.arange(3, 12)[None])
+
+    before = states(run.student)
+    assert torch.equal(states(teacher), before)
+    after = {}
+    run.save_final = lambda: after.update(student=states(run.student), teacher=states(teacher))
+    opd.train(run)
+    moved = lambda name: (after[name] - before).abs().max().item()
+    assert {"frozen": moved("teacher") == 0, "ema": 0 < moved("teacher") < moved("student"),
+            "live": 0 < moved("teacher") == moved("student")}[kind]
+
+
 def test_average_follows_the_student_and_leaves_it_alone(solvable):
     run = solvable(method="sdpo", ema_rate=0.25, steps=3)
     average, expected = run.student.average, parameters(run.student).clone()
@@ -280,9 +305,11 @@ def test_without_feedback_opcod_is_sdpo_on_each_student(solvable):
     assert not torch.equal(parameters(both.students[0]), parameters(both.students[1]))
 
 
-@pytest.mark.parametrize("died_at", [2, 4, 6])                   # in round 1, at its end, in round 2
-def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at):
-    flags = dict(method="opcod", steps=4, rounds=2, save_every=1, tau=5, lora_rank=0)
+@pytest.mark.parametrize("died_at, rank", [(2, 0), (4, 0), (6, 0), (6, 4)])   # in round 1, at its end, in 2
+def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at, rank):
+    if rank:
+        pytest.importorskip("peft", reason="optional: pip install peft")
+    flags = dict(method="opcod", steps=4, rounds=2, save_every=1, tau=5, lora_rank=rank)
     whole = solvable(**flags)
     opd.train(whole)
     cut = solvable(**flags)
