@@ -24,7 +24,7 @@ if wanted small; then
 fi
 if wanted tests; then
     parallel="$(python3 -c "import xdist; print('-n 6')" 2>/dev/null)"      # most of the time goes into compiling
-    timeout 290 python3 -m pytest -q -p no:cacheprovider $parallel tests/test_kernels.py tests/test_models.py 2>&1 |
+    timeout 290 python3 -m pytest -q -p no:cacheprovider $parallel tests/test_kernels.py tests/test_models.py tests/test_peers.py 2>&1 |
         tee "$out/tests.txt" || failed=1
 fi
 if wanted small; then

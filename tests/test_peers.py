@@ -340,6 +340,22 @@ def test_resting_students_compute_the_same(solvable):
         assert torch.equal(parameters(old), parameters(new))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_students_in_turn_on_a_gpu(solvable):
+    """Swapped or not, the same losses; swapped, the last tutee alone is on the GPU, with its optimizer."""
+    values = []
+    for flags in (dict(), dict(teacher_device="swap")):
+        run = solvable(method="opcod", device="cuda", dtype="float32", tau=5, **flags)
+        run.save_final = lambda: None
+        opd.train(run)
+        places = [{x.device.type for x in s.net.parameters()} | {
+            x.device.type for o in s.optimizers for state in o.state.values() for x in state.values()
+            if torch.is_tensor(x)} for s in run.students]
+        assert places == [{"cpu"} if flags else {"cuda"}, {"cuda"}]
+        values.append([line["loss"] for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0])
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
 def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, monkeypatch):
     run = solvable(method="opcod", break_prompts=5)
     first, second = run.students
