@@ -318,16 +318,17 @@ def opcod(run):
         if which % 2 == 0 and within == 0:
             run.state["gate"] = {"round": which // 2} | cognizance(run)
             run.notes["gate"] = run.state["gate"]
-        rollouts = run.sample(tutee, run.draw())
+        rollouts = run.sample(tutee, run.draw(student=tutee))
         solutions = demonstrations(rollouts)
-        heard = [r for r in rollouts if speaks(run, tutor, r.prompt["branch"])]
+        domains = run.state["gate"]["tutors"][1 - which % 2]
+        heard = [r for r in rollouts if r.prompt["branch"] in domains]
         kept = dict(zip(map(id, heard), feedback(run, tutor, tutee, heard)))
         run.notes["tutee"] = run.students.index(tutee) + 1
         yield self_taught(run, tutee, rollouts, solutions, peer=[kept.get(id(r)) for r in rollouts])
 
 
 def cognizance(run):
-    """Both students' validation scores, their cognizance gaps and who may be a tutor in this round.
+    """Both students' validation scores, their cognizance gaps, and in which domains each one tutors.
 
     With --break_prompts also how many correct rollouts each one's feedback breaks, whatever the gate says.
     """
@@ -338,6 +339,8 @@ def cognizance(run):
                  f"nothing: look at its grader, the students, or --max_new_tokens {run.cfg.max_new_tokens}")
     gaps = cognizance_gaps(scores)
     gate = {"scores": scores, "gaps": gaps, "cognizant": [gap <= run.cfg.tau for gap in gaps]}
+    gate["tutors"] = [[domain for domain in run.branches if speaks(run.cfg.gate, gate, i, domain)]
+                      for i in (0, 1)]
     return gate | ({"broken": [broken(run, *pair) for pair in (run.students, run.students[::-1])]}
                    if run.cfg.break_prompts else {})
 
@@ -348,12 +351,11 @@ def cognizance_gaps(scores):
     return [sum((best[domain] - s[domain]) / best[domain] for domain in best if best[domain]) for s in scores]
 
 
-def speaks(run, tutor, domain):
-    """Whether a tutor gives feedback on a domain's prompts: the four strategies of OPCoD's fig. 7."""
-    i, gate = run.students.index(tutor), run.state["gate"]
-    strongest = gate["scores"][i][domain] >= gate["scores"][1 - i][domain]
+def speaks(strategy, gate, i, domain):
+    """Whether student i gives feedback on a domain's prompts: the four strategies of OPCoD's fig. 7."""
+    stronger = gate["scores"][i][domain] >= gate["scores"][1 - i][domain]
     return {"cognizance": gate["cognizant"][i], "always": True, "never": False,
-            "selective": gate["cognizant"][i] or strongest}[run.cfg.gate]
+            "selective": gate["cognizant"][i] or stronger}[strategy]
 
 
 def feedback(run, tutor, tutee, rollouts):

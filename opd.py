@@ -381,7 +381,7 @@ class Run:
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
         self.self_teachers = [self.teach_oneself(student) for student in self.students]
         self.state = {"step": 0, "updates": [0] * len(self.students), "sampled_tokens": 0,
-                      "cursor": dict.fromkeys(self.branches, 0)}
+                      "cursor": [dict.fromkeys(self.branches, 0) for _ in self.students]}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
         self.notes = {}                                         # what a method adds to a step's metrics
         self.longest_prompt, self.longest_completion, self.longest_read = preflight.check_prompts(self)
@@ -459,14 +459,17 @@ class Run:
         while self.state["step"] < self.total:
             yield self.state["step"]
 
-    def draw(self, branch=None):
-        """The next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch."""
-        out = []
+    def draw(self, branch=None, student=None):
+        """The next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch.
+
+        Of two students each goes through all prompts, in the same order.
+        """
+        out, cursors = [], self.state["cursor"][self.students.index(student or self.student)]
         for branch, count in ({branch: self.cfg.batch} if branch else self.shares).items():
-            prompts, cursor = self.prompts[branch], self.state["cursor"][branch]
+            prompts, cursor = self.prompts[branch], cursors[branch]
             for epoch, i in (divmod(position, len(prompts)) for position in range(cursor, cursor + count)):
                 out.append(prompts[shuffled(len(prompts), f"{self.cfg.seed} {branch} {epoch}")[i]])
-            self.state["cursor"][branch] += count
+            cursors[branch] += count
         return out
 
     def sample(self, model, prompts, n=None, temperature=None, top_p=None):
@@ -694,8 +697,8 @@ def step_line(run, s):
     parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
     parts += [f"feedback {s['feedback'].get('kept', 0)}/{total}"
               ] if (total := sum(s.get("feedback", {}).values())) else []
-    for i, (gap, may) in enumerate(zip(s["gate"]["gaps"], s["gate"]["cognizant"]), 1) if "gate" in s else ():
-        parts += [f"student {i} {'may' if may else 'may not'} tutor (gap {gap:.2f})"]
+    parts += [f"student {i} tutors in {', '.join(domains) or 'nothing'} (gap {gap:.2f})" for i, (gap, domains)
+              in enumerate(zip(s["gate"]["gaps"], s["gate"]["tutors"]), 1)] if "gate" in s else []
     times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
     parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
     parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []

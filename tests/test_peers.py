@@ -239,14 +239,11 @@ def test_cognizance_gaps(scores, gaps):
 @pytest.mark.parametrize("gate, expected", [
     ("cognizance", {"words": False, "more": False}), ("always", {"words": True, "more": True}),
     ("never", {"words": False, "more": False}), ("selective", {"words": True, "more": False})])
-def test_gate_decides_who_speaks(start, gate, expected):
+def test_gate_decides_who_speaks(gate, expected):
     """The first student is too far behind on `more`; the second, within tau, always has the gate's word."""
-    run = start(method="opcod", gate=gate)
-    run.state["gate"] = {"scores": [{"words": 0.9, "more": 0.3}, {"words": 0.8, "more": 0.6}],
-                         "cognizant": [False, True]}
-    first, second = run.students
-    assert {d: methods.speaks(run, first, d) for d in run.branches} == expected
-    assert methods.speaks(run, second, "words") == (gate != "never")
+    seen = {"scores": [{"words": 0.9, "more": 0.3}, {"words": 0.8, "more": 0.6}], "cognizant": [False, True]}
+    assert {domain: methods.speaks(gate, seen, 0, domain) for domain in ("words", "more")} == expected
+    assert methods.speaks(gate, seen, 1, "words") == (gate != "never")
 
 
 def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, monkeypatch):
@@ -297,11 +294,18 @@ def test_an_incognizant_tutor_is_not_even_asked(solvable, monkeypatch):
 
 
 def test_without_feedback_opcod_is_sdpo_on_each_student(solvable):
-    """c = s: a student's first phase has the same gradients as --method sdpo, to the last bit."""
-    both = solvable(method="opcod", gate="never", rounds=1, break_prompts=0, steps=2)
-    alone = solvable(method="sdpo", prompts=[f"{b}={path}" for b, path in both.cfg.prompts.items()], steps=2)
-    opd.train(both), opd.train(alone)
-    assert torch.equal(parameters(both.students[0]), parameters(alone.student))
+    """c = s: the first student's phase is --method sdpo to the last bit; the second sees the same prompts."""
+    both, drawn = solvable(method="opcod", gate="never", rounds=1, break_prompts=0, steps=2), []
+    alone = [solvable(method="sdpo", prompts=[f"{b}={path}" for b, path in both.cfg.prompts.items()], steps=2,
+                      student=path) for path in both.cfg.student]
+    for run in (both, *alone):
+        real = run.sample
+        run.sample = lambda model, prompts, *how, real=real: (
+            drawn.append([p["prompt"] for p in prompts]), real(model, prompts, *how))[1]
+        opd.train(run)
+    steps = [prompts for prompts in drawn if len(prompts) == both.cfg.batch]
+    assert steps[:2] == steps[2:4] == steps[4:6] == steps[6:8]
+    assert torch.equal(parameters(both.students[0]), parameters(alone[0].student))
     assert not torch.equal(parameters(both.students[0]), parameters(both.students[1]))
 
 
