@@ -11,15 +11,16 @@ of that step back:
 
 What a method may use: run.student, run.teacher (the only one) or run.teachers[branch], run.objective,
 run.branches, run.cfg, run.state (JSON, survives a restart), run.steps, run.draw, run.sample, run.references;
-of a student that teaches itself run.self_teacher(student) and run.templates; of two students run.students,
-run.turn, run.write, run.validate; run.notes for what it wants to see in this step's line of metrics.jsonl.
+of a student that teaches itself run.self_teacher(student), run.templates, run.fits; of two students
+run.students, run.turn, run.write, run.validate, run.validation, run.aside; and run.notes for what it wants to
+see in this step's line of metrics.jsonl.
 
 Letters as in the papers: p the student, q the teacher, y the sampled token; gap = log q(y) - log p(y).
 """
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Rollout:
     teacher_prompt: list | None = None      # what the teacher sees instead; None = the student's prompt
     text: str = ""                          # the completion without its stop token
     reward: float | None = None             # the grader's verdict, where the prompt has an answer
+    feedback: tuple | None = None           # what a tutor wrote about it, and what became of that
     lp_T: torch.Tensor | None = None        # log p(y) under the training forward, filled when the loop scores
     gap_T: torch.Tensor | None = None       # log q(y) - log p(y), likewise
 
@@ -63,6 +65,18 @@ def by_branch(rollouts):
     return groups
 
 
+def prompt_key(prompt):
+    return f"{prompt['branch']} {prompt['row']}"
+
+
+def by_prompt(rollouts):
+    """{prompt_key: its rollouts}, likewise."""
+    groups = {}
+    for rollout in rollouts:
+        groups.setdefault(prompt_key(rollout.prompt), []).append(rollout)
+    return groups
+
+
 def routed(run, rollouts):
     """One Job per branch, each with its branch's teacher."""
     return [Job(run.student, run.teachers[branch], group, run.objective)
@@ -80,18 +94,25 @@ def sft(run):
 def seqkd(run):
     """Sequence-level distillation: maximum likelihood on the teachers' greedy completions.
 
-    Kim & Rush, 1606.07947. Greedy decoding stands for the mode that the paper finds by beam search. Every
-    prompt is decoded once per run.
+    Kim & Rush, 1606.07947. Greedy decoding stands for the mode that the paper finds by beam search.
     """
-    written = {}                                                 # (branch, row) -> the teacher's completion
+    def write(prompts):
+        return [rollout for branch in run.branches for rollout in run.sample(
+            run.teachers[branch], [p for p in prompts if p["branch"] == branch], n=1, temperature=0)]
+
     for step in run.steps():
-        prompts = run.draw()
-        new = {(prompt["branch"], prompt["row"]): prompt for prompt in prompts}
-        for branch in run.branches:
-            todo = [prompt for key, prompt in new.items() if key[0] == branch and key not in written]
-            for rollout in run.sample(run.teachers[branch], todo, n=1, temperature=0):
-                written[branch, rollout.prompt["row"]] = rollout
-        yield [Job(run.student, None, [written[p["branch"], p["row"]] for p in prompts], run.objective)]
+        yield [Job(run.student, None, written_once(run, run.draw(), write), run.objective)]
+
+
+def written_once(run, prompts, write):
+    """A rollout for each prompt as fixed data. write(prompts) makes them, once per run with its restarts."""
+    known = run.state.setdefault("written", {})                  # prompt_key -> [token ids, text, reward]
+    new = {prompt_key(p): p for p in prompts if prompt_key(p) not in known}
+    for r in write(list(new.values())):
+        known[prompt_key(r.prompt)] = [r.ids_T.tolist(), r.text, r.reward]
+    found = [(p, *known[prompt_key(p)]) for p in prompts]
+    return [Rollout(p, torch.tensor(ids, device=run.student.device), text=text, reward=reward)
+            for p, ids, text, reward in found]
 
 
 def kd(run):
@@ -215,17 +236,6 @@ def advantages(rollouts):
     return [a * sum(map(bool, out)) / len(out) for a in out]
 
 
-def prompt_key(prompt):
-    return prompt["branch"], prompt["row"]
-
-
-def by_prompt(rollouts):
-    groups = {}
-    for rollout in rollouts:
-        groups.setdefault(prompt_key(rollout.prompt), []).append(rollout)
-    return groups
-
-
 def jobs_by_branch(run, student, teacher, rollouts, weights):
     """One Job per branch, so that each has its own statistics; they share the step and its normalisation."""
     weight = {id(rollout): w for rollout, w in zip(rollouts, weights, strict=True)}
@@ -238,17 +248,15 @@ def jobs_by_branch(run, student, teacher, rollouts, weights):
 def star(run):
     """Maximum likelihood on the student's own rationales: it is told the answer and writes how to get there.
 
-    After STaR's rationalisation, 2203.14465: the student as it started writes once per prompt, what does not
-    end in the answer it was told is left out, and the told answer is not part of the prompt it learns from.
+    After STaR's rationalisation, 2203.14465: the self-teacher, here the student as it started, writes once
+    per prompt. What does not end in the answer it was told is left out, and the student is not told.
     """
-    written = {}                                                 # (branch, row) -> the rationale
+    def write(prompts):
+        hinted = [p | {"prompt": told(p["prompt"], run.templates, p["answer"])} for p in prompts]
+        return run.sample(run.self_teacher(run.student), hinted, n=1)
+
     for step in run.steps():
-        prompts = run.draw()
-        todo = {prompt_key(p): p for p in prompts if prompt_key(p) not in written}
-        hinted = [p | {"prompt": told(p["prompt"], run.templates, p["answer"])} for p in todo.values()]
-        for p, rollout in zip(todo.values(), run.sample(run.self_teacher(run.student), hinted, n=1)):
-            written[prompt_key(p)] = replace(rollout, prompt=p, logp_T=None)
-        rollouts = [written[prompt_key(p)] for p in prompts]
+        rollouts = written_once(run, run.draw(), write)
         yield jobs_by_branch(run, run.student, None, rollouts, [float(r.reward == 1) for r in rollouts])
 
 
@@ -277,10 +285,15 @@ def sdpo(run):
 
 
 def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
-    """Jobs with the student's self-teacher, which sees what is given here beside each rollout's prompt."""
+    """Jobs with the student's self-teacher, which sees what is given here beside each rollout's prompt.
+
+    Text that leaves no room for the rollout (what is decoded may have more tokens when it is read) counts as
+    nothing given.
+    """
     nothing = [None] * len(rollouts)
     for r, *given in zip(rollouts, solutions, environment or nothing, peer or nothing, strict=True):
-        r.teacher_prompt = reprompt(r.prompt["prompt"], run.templates, *given)
+        seen = reprompt(r.prompt["prompt"], run.templates, *given)
+        r.teacher_prompt = seen if seen and run.fits(seen, len(r.ids_T)) else None
     informed = [float(r.teacher_prompt is not None) for r in rollouts]
     return jobs_by_branch(run, student, run.self_teacher(student), rollouts, informed)
 
@@ -359,24 +372,35 @@ def speaks(strategy, gate, i, domain):
 
 
 def feedback(run, tutor, tutee, rollouts):
-    """What the tutor says about each of the tutee's rollouts and may be passed on, else None. App. C."""
+    """What the tutor says about each of the tutee's rollouts and may be passed on, else None. App. C.
+
+    Beside the paper's outcomes there is "too_long", a rollout for which the tutor has no room.
+    """
     domains = [run.branches[run.students.index(student)] for student in (tutor, tutee)]
     anchored = not run.cfg.no_anchor
-    texts = run.write(tutor, [tutor_prompt(r.prompt["prompt"], r.text, run.templates, *domains, anchored)
-                              for r in rollouts])
-    judged = [accept(text, last_question(r.prompt["prompt"])[1], anchored, finished=finished)
-              for r, (text, finished) in zip(rollouts, texts)]
-    run.notes["feedback"] = Counter(outcome for _, outcome in judged)
-    return [kept for kept, _ in judged]
+    prompts = [tutor_prompt(r.prompt["prompt"], r.text, run.templates, *domains, anchored) for r in rollouts]
+    fits = [run.fits(prompt, run.cfg.feedback_tokens) for prompt in prompts]
+    texts = iter(run.write(tutor, [prompt for prompt, there_is_room in zip(prompts, fits) if there_is_room]))
+    out, outcomes = [], Counter()
+    for r, there_is_room in zip(rollouts, fits):
+        text, finished = next(texts) if there_is_room else ("", False)
+        kept, outcome = (accept(text, last_question(r.prompt["prompt"])[1], anchored, finished=finished)
+                         if there_is_room else (None, "too_long"))
+        r.feedback = text, outcome
+        outcomes[outcome] += 1
+        out.append(kept)
+    run.notes["feedback"] = outcomes
+    return out
 
 
 def broken(run, tutor, tutee):
     """How many of the tutee's correct validation rollouts its self-teacher gets wrong with feedback. App. E.
 
     correct: those whose feedback is kept. broken_without: how many of them it gets wrong without it, from the
-    same demonstrations; the paper has no such control.
+    same demonstrations, which are another rollout. The paper measures on training prompts at the start, and
+    has no such control.
     """
-    with run.aside():
+    with run.aside("gate"):
         rollouts = run.sample(tutee, run.validation(run.cfg.break_prompts))
         correct = [(r, s) for r, s in zip(rollouts, demonstrations(rollouts)) if r.reward == 1]
         heard = feedback(run, tutor, tutee, [r for r, _ in correct])
@@ -384,8 +408,8 @@ def broken(run, tutor, tutee):
         for name, told_too in (("broken", True), ("broken_without", False)):
             seen = [reprompt(p["prompt"], run.templates, s, peer=f if told_too else None) or p["prompt"]
                     for p, s, f in kept]
-            answers = run.sample(run.self_teacher(tutee), [p | {"prompt": x} for (p, *_), x in zip(kept, seen)],
-                                 n=1)
+            prompts = [p | {"prompt": text} for (p, *_), text in zip(kept, seen)]
+            answers = run.sample(run.self_teacher(tutee), prompts, n=1)
             wrong[name] = sum(answer.reward < 1 for answer in answers)
     return {"correct": len(kept)} | wrong
 
@@ -423,7 +447,7 @@ METHODS = {
     "camopd": Method(camopd, any_divergence("pg"), flags=ONE | dict(schedule=None, mass=None, scale=None)),
     "grpo": Method(grpo, ("nll",), graded=True, teachers=False, flags=GRPO),
     "star": Method(star, ("nll",), graded=True, teachers=False,
-                   flags=dict(self_teacher="frozen", templates=None)),
+                   flags=dict(self_teacher="frozen", ema_rate=0.05, templates=None)),
     "opsd": Method(opsd, any_divergence("jsd"), solutions=True, teachers=False,
                    flags=ONE | dict(self_teacher="frozen", ema_rate=0.05, templates=None)),
     "sdpo": Method(sdpo, any_divergence("jsd"), graded=True, teachers=False, support=TOP_100,

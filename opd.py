@@ -210,7 +210,8 @@ def score(job, cfg):
                 for i, hidden_TH in zip(group, hidden_NH.cpu().split([len(r.ids_T) for r in some])):
                     job.hidden_t[i] = hidden_TH
     if asked:
-        for r, lp_T in zip(rollouts, log_probs(student, rollouts, cfg, objective.temperature)):
+        some = [rollouts[i] for i in read]
+        for r, lp_T in zip(some, log_probs(student, some, cfg, objective.temperature)):
             r.lp_T, r.gap_T = lp_T, r.gap_T - lp_T
 
 
@@ -361,28 +362,30 @@ class Run:
         self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]
         self.prompts = {branch: load_prompts(path, branch) for branch, path in cfg.prompts.items()}
         self.evals = {name: load_prompts(path, name) for name, path in cfg.eval_prompts.items()}
-        cfg.prompts_sha256 = {branch: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-                              for branch, rows in self.prompts.items()}
-        checkpoint = find_checkpoint(cfg)
         self.vals = {branch: load_prompts(path, branch) for branch, path in (cfg.val_prompts or {}).items()}
         self.templates = read_templates(cfg.templates) if cfg.templates else Templates()
+        read = self.prompts | {f"val {branch}": rows for branch, rows in self.vals.items()}
+        read |= {"templates": vars(self.templates)} if cfg.templates else {}
+        cfg.prompts_sha256 = {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+                              for name, text in read.items()}
+        checkpoint = find_checkpoint(cfg)
         folders = self.places(checkpoint) if checkpoint else [None] * len(cfg.student)
         self.students = [self.load_student(path, folder) for path, folder in zip(cfg.student, folders)]
         self.student = self.students[0]
         thinks = may_think(self.student.tok, cfg.chat_template_kwargs)
         cfg.max_new_tokens = cfg.max_new_tokens or (2048 if thinks else 512)
         distinct = {path: self.before(self.student, path) for path in dict.fromkeys(cfg.teachers.values())}
-        others = [*self.students[1:], *distinct.values()]
-        for other in others:
+        for other in (*self.students[1:], *distinct.values()):
             models.share_tokens(self.student, other)
-        for other in others:
-            models.share_stops(self.student, other)
+        for teacher in distinct.values():
+            models.share_stops(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
         self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
         self.self_teachers = [self.teach_oneself(student) for student in self.students]
         self.state = {"step": 0, "updates": [0] * len(self.students), "sampled_tokens": 0,
                       "cursor": [dict.fromkeys(self.branches, 0) for _ in self.students]}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
+        self.unchecked = list(self.students)                    # of which no rollout was checked yet
         self.notes = {}                                         # what a method adds to a step's metrics
         self.longest_prompt, self.longest_completion, self.longest_read = preflight.check_prompts(self)
         if checkpoint and not cfg.dry_run:
@@ -497,7 +500,13 @@ class Run:
         with self.timed("feedback"):
             completions = self.complete(model, prompts, self.cfg.temperature,
                                         max_new_tokens=self.cfg.feedback_tokens)
+        self.notes["feedback_tokens"] = sum(len(ids_T) for ids_T, _ in completions)
         return [(completion_text(model, ids_T), ids_T[-1].item() in model.stops) for ids_T, _ in completions]
+
+    def fits(self, prompt, more):
+        """Whether a prompt and `more` tokens have room in the students' positions."""
+        limit = min(models.positions(student) for student in self.students)
+        return len(encode_prompt(self.student.tok, prompt, self.cfg.chat_template_kwargs)) + more <= limit
 
     def complete(self, model, prompts, temperature, top_p=None, max_new_tokens=None):
         with model.present():
@@ -583,11 +592,15 @@ class Run:
                     "step": state["step"], "branch": r.prompt["branch"],
                     "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
                     **({"teacher_sees": prompt_text(r.teacher_prompt)} if r.teacher_prompt else {}),
+                    **({"feedback": r.feedback} if r.feedback else {}),
                     "reward": r.reward, "selected": bool(w_T.any()),
                     "gap": None if r.gap_T is None else r.gap_T.mean().item()})
         if state["step"] == 0 and stats["cut"] > 0.5:
             tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
                        f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
+        if state["step"] == 0 and stats["kept"] == 0:
+            none_correct = ", and none is correct: does the grader fit?" * (stats.get("reward") == 0)
+            tqdm.write(f"note: no rollout of the first step has anything to learn from{none_correct}")
         state["step"] += 1
         due = lambda every: state["step"] == self.total or (every and state["step"] % every == 0)
         if due(cfg.eval_every):
@@ -599,7 +612,7 @@ class Run:
         stats |= self.notes
         self.clock, self.peaks, self.notes = {}, {}, {}
         self.log("metrics", stats)
-        tqdm.write(step_line(self, stats), file=sys.stdout)
+        tqdm.write(report.step_line(self, stats), file=sys.stdout)
         if due(cfg.save_every):
             self.save()
 
@@ -662,8 +675,7 @@ def train(run):
     run.begin()
     with tqdm(total=run.total, initial=run.state["step"], desc=run.cfg.out, unit="step") as progress:
         while jobs := advance(run, method, stats):      # sample: the method asks for rollouts, yields Jobs
-            if stats is None:
-                check_start(run, jobs[0])
+            check_start(run, jobs[0])
             with run.timed("score"):
                 for job in jobs:
                     score(job, run.cfg)                 # lp(y) and lq(y) without gradient: the gap
@@ -685,26 +697,6 @@ def advance(run, method, stats):
         return None
 
 
-def step_line(run, s):
-    """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
-    cfg, parts = run.cfg, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
-    parts += [f"student {s['tutee']}"] if "tutee" in s else []
-    parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
-    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" and "logprob_s" in s else []
-    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
-    parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
-    parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
-    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
-    parts += [f"feedback {s['feedback'].get('kept', 0)}/{total}"
-              ] if (total := sum(s.get("feedback", {}).values())) else []
-    parts += [f"student {i} tutors in {', '.join(domains) or 'nothing'} (gap {gap:.2f})" for i, (gap, domains)
-              in enumerate(zip(s["gate"]["gaps"], s["gate"]["tutors"]), 1)] if "gate" in s else []
-    times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
-    parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
-    parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
-    return " | ".join(parts)
-
-
 def process_memory():
     """GiB of the process at its peak, which on a CPU is all there is to know."""
     import resource
@@ -713,11 +705,14 @@ def process_memory():
 
 @torch.no_grad()
 def check_start(run, job):
-    """Before the first update: KL(student, student) = 0, and the sampler's log-probs are the training's.
+    """Before a student's first update: KL(student, student) = 0, and its sampler's log-probs are training's.
 
     The KL is between two rollouts in one padded forward and the same two alone, so it also sees padding leak.
     """
     student, cfg, exact = job.student, run.cfg, job.student.dtype == torch.float32
+    if student not in run.unchecked:
+        return
+    run.unchecked.remove(student)
     some = sorted(job.rollouts[:8], key=lambda r: len(r.ids_T))
     pair = [(rollout_prompt(student, r, cfg), r.ids_T) for r in some[:2]]
     together_NH = completion_hidden(student, *map(list, zip(*pair)))
@@ -731,7 +726,7 @@ def check_start(run, job):
         return
     if cfg.temperature != 1 or cfg.top_p < 1:
         tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
-                   "p itself; only the importance weight of --loss pg corrects for it")
+                   "p itself; only the weights of --loss pg and --importance_cap correct for it")
         return
     lp = log_probs(student, some, cfg)
     off = (torch.cat(lp) - torch.cat([r.logp_T for r in some])).abs().mean().item()
@@ -791,9 +786,8 @@ def configure(argv=None):
              f"{', '.join(name for name, other in METHODS.items() if flag in other.flags)}")
     for flag, default in method.flags.items():
         setattr(cfg, flag, getattr(cfg, flag) if flag in changed else default)
-    if not cfg.support:
-        cfg.support = method.support.get("support", "full")
-        cfg.top_k = cfg.top_k or method.support.get("top_k")
+    cfg.support = cfg.support or method.support.get("support", "full")
+    cfg.top_k = cfg.top_k or (method.support.get("top_k") if cfg.support != "full" else None)
     cfg.rollouts, cfg.eval_top_p = cfg.rollouts or 1, cfg.eval_top_p or cfg.top_p
     usable = method.losses
     cfg.loss = cfg.loss or usable[0]
@@ -825,7 +819,8 @@ def configure(argv=None):
     if cfg.importance[0] >= cfg.importance[1]:
         fail(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     check_objective(cfg, changed)
-    check_students(cfg, method, branches)
+    flags.check_students(cfg, method, branches)
+    flags.check_effects(cfg, changed)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
         fail(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if not cfg.dry_run and cfg.device != "cpu" and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
@@ -844,27 +839,6 @@ def configure(argv=None):
     for flag in ("recipe", "seeds", "quick", "jobs"):
         delattr(cfg, flag)
     return cfg
-
-
-def check_students(cfg, method, branches):
-    """As many students as the method has; two of them have a domain, validation prompts and a turn each."""
-    if len(cfg.student) != method.students:
-        fail(f"--method {cfg.method} has one student; two tutor each other with --method opcod"
-             if method.students == 1 else
-             f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
-    cfg.val_prompts = flags.pairs(cfg.val_prompts or [], "--val_prompts", "main")
-    if method.students == 1:
-        return
-    if len(branches) != 2:
-        fail(f"--method {cfg.method} needs two branches of prompts, the first student's domain and the "
-             "second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
-             + ", ".join(branches))
-    if cfg.val_prompts.keys() != cfg.prompts.keys():
-        fail(f"--method {cfg.method} needs validation prompts for every branch ({', '.join(branches)}), but "
-             f"--val_prompts has: {', '.join(cfg.val_prompts) or 'none'}")
-    if cfg.steps % cfg.rounds:
-        fail(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has steps / "
-             "rounds updates of each student")
 
 
 def check_objective(cfg, changed):

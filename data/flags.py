@@ -260,3 +260,36 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--quick", action="store_true", help="recipe: a short form of every row")
     add("--jobs", type=COUNT, default=1, help="recipe: seeds that run at the same time")
     return p
+
+
+def check_students(cfg, method, branches):
+    """As many students as the method has; two of them have a domain, validation prompts and a turn each."""
+    if len(cfg.student) != method.students:
+        fail(f"--method {cfg.method} has one student; two tutor each other with --method opcod"
+             if method.students == 1 else
+             f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
+    cfg.val_prompts = pairs(cfg.val_prompts or [], "--val_prompts", "main")
+    if method.students == 1:
+        return
+    if len(branches) != 2:
+        fail(f"--method {cfg.method} needs two branches of prompts, the first student's domain and the "
+             "second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
+             + ", ".join(branches))
+    if cfg.val_prompts.keys() != cfg.prompts.keys():
+        fail(f"--method {cfg.method} needs validation prompts for every branch ({', '.join(branches)}), but "
+             f"--val_prompts has: {', '.join(cfg.val_prompts) or 'none'}")
+    if cfg.steps % cfg.rounds:
+        fail(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has steps / "
+             "rounds updates of each student")
+
+
+def check_effects(cfg, changed):
+    """None of `changed` (flags that are not default) is without effect for what the others say."""
+    for flag in ("eval_rollouts", "gate_rollouts"):
+        if flag in changed and getattr(cfg, flag) > 1 and not cfg.eval_temperature:
+            fail(f"--{flag} {getattr(cfg, flag)} has no effect at --eval_temperature 0: greedy completions "
+                 "are all the same")
+    if "ema_rate" in changed and cfg.self_teacher != "ema":
+        fail(f"--ema_rate has no effect on --self_teacher {cfg.self_teacher}")
+    if cfg.method == "grpo" and cfg.rollouts == 1:
+        fail("--method grpo compares the rollouts of a prompt: --rollouts must be at least 2")

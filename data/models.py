@@ -13,6 +13,7 @@ show a gap of rounding.
 """
 import contextlib
 import functools
+import math
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -390,6 +391,11 @@ def check_forward(model):
         fail(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
 
 
+def positions(model):
+    """How many tokens the model can take, prompt and completion together."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
 def share_tokens(student, teacher):
     """Token ids must mean the same in both models: distillation compares distributions id by id.
 
@@ -401,6 +407,8 @@ def share_tokens(student, teacher):
     different = [f"{token!r}: {ours.get(token)} / {theirs.get(token)}"
                  for token in sorted((ours.keys() | theirs.keys()) - more.keys())
                  if ours.get(token) != theirs.get(token)]
+    if more and teacher.optimizers:
+        different += [f"{token!r}: none / {i}" for token, i in more.items()]
     if different:
         fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
              f"{'; '.join(different[:3])}); models that teach each other must share one")

@@ -6,7 +6,6 @@ own forward and backward pass for one micro-batch, every tensor from its creatio
 model does not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
 """
 import functools
-import math
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -21,8 +20,8 @@ from kernels.chunked import CHUNK_BYTES
 from .chat import encode_completion, encode_prompt, may_think, reads_nothing
 from .feedback import reprompt, told, tutor_prompt
 from .flags import fail
-from .graders import can_be_correct
-from .models import fake_mode, tensors
+from .graders import can_be_correct, complaint
+from .models import fake_mode, positions, tensors
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # bytes of what cannot run on fake tensors
@@ -63,10 +62,14 @@ def check_prompts(run):
     longest prompt that a self-teacher or a tutor can get to read.
     """
     cfg, method, longest, longest_completion, longest_read = run.cfg, run.method, 0, 0, 0
-    training = [(cfg.prompts[branch], branch, rows) for branch, rows in run.prompts.items()]
-    evaluation = [(cfg.eval_prompts[name], None, rows) for name, rows in run.evals.items()]
-    validation = [(cfg.val_prompts[name], None, rows) for name, rows in run.vals.items()]
-    for path, branch, rows in training + evaluation + validation:
+    taught, training = bool(cfg.self_teacher), {row_text(r) for rows in run.prompts.values() for r in rows}
+    files = [(cfg.prompts[branch], branch, rows, taught) for branch, rows in run.prompts.items()]
+    files += [(cfg.eval_prompts[name], None, rows, False) for name, rows in run.evals.items()]
+    files += [(cfg.val_prompts[name], None, rows, taught) for name, rows in run.vals.items()]
+    for name, rows in run.vals.items():
+        if seen := sum(row_text(row) in training for row in rows):
+            tqdm.write(f"note: {seen} of {len(rows)} validation prompts of {name} are training prompts, too")
+    for path, branch, rows, taught in files:
         readers = dict.fromkeys([*run.students, *([run.teachers[branch]] if branch in run.teachers else [])])
         for model in readers:
             if reads_nothing(model.tok):
@@ -84,24 +87,24 @@ def check_prompts(run):
                     ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
                     learned = (encode_completion(run.student.tok, row["solution"])
                                if branch and method.solutions else [])
+                    read = read_beside(run, model, row) if taught else []
                     if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
                         fail(f"{where}: the grader {row['grader']} calls no completion correct if the "
                              f"answer is {row['answer']!r}")
                 except Exception as error:      # templates, tokenizers and graders raise what they like
                     fail(f"{where}: {error}")
-                most, known = max(ids + learned), len(model.net.get_input_embeddings().weight)
+                most, known = max(ids + learned + read), len(model.net.get_input_embeddings().weight)
                 if most >= known:
                     fail(f"{where} has the token {model.tok.decode(most)!r}, id {most}, for which "
                          f"{model.path} has no row ({known})")
                 completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
                 longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
-                read = most_to_read(run, model, row) if cfg.self_teacher else 0
-                longest_read = max(longest_read, read)
-                limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-                if max(len(ids), read) + completion > limit:
-                    fail(f"{where}: prompt and completion can have {max(len(ids), read) + completion} tokens"
-                         + " as the self-teacher reads them" * (read > len(ids)) + f", but {model.path} has "
-                         f"{limit} positions; lower --max_new_tokens or drop the row")
+                longest_read = max(longest_read, len(read))
+                most, limit = max(len(ids), len(read)) + completion, positions(model)
+                if most > limit:
+                    fail(f"{where}: prompt and completion can have {most} tokens"
+                         + " as the self-teacher reads them" * (len(read) > len(ids)) + f", but {model.path} "
+                         f"has {limit} positions; lower --max_new_tokens or drop the row")
     if method.samples and may_think(run.student.tok, cfg.chat_template_kwargs):
         tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
                    f"{cfg.max_new_tokens} tokens; to let it answer at once: "
@@ -109,16 +112,27 @@ def check_prompts(run):
     return longest, longest_completion, longest_read
 
 
-def most_to_read(run, model, row):
-    """Tokens of the longest prompt that a self-teacher sees of a row, or a tutor with what it then writes."""
-    cfg, seen = run.cfg, [reprompt(row["prompt"], run.templates, row.get("solution") or "x", "x", "x")]
-    if cfg.feedback_tokens:
-        seen += [tutor_prompt(row["prompt"], "x", run.templates, *run.branches, not cfg.no_anchor)]
+def row_text(row):
+    return str(row["prompt"])
+
+
+def read_beside(run, model, row):
+    """Token ids of the longest prompt that a self-teacher can see of a row, or a tutor and what it writes.
+
+    What is not known yet, a rollout and feedback, is some token as often as it may be long.
+    """
+    cfg, kwargs, learned = run.cfg, run.cfg.chat_template_kwargs, run.method.solutions
     if cfg.method == "star":
-        return len(encode_prompt(model.tok, told(row["prompt"], run.templates, row["answer"]),
-                                 cfg.chat_template_kwargs))
-    given = (0 if run.method.solutions else cfg.max_new_tokens) + (cfg.feedback_tokens or 0)
-    return given + max(len(encode_prompt(model.tok, prompt, cfg.chat_template_kwargs)) for prompt in seen)
+        return encode_prompt(model.tok, told(row["prompt"], run.templates, row["answer"]), kwargs)
+    known = row.get("solution") if learned else "x"
+    if learned and "solution" in row and not reprompt(row["prompt"], run.templates, known):
+        raise ValueError('"solution" is blank, so its self-teacher would see nothing')
+    environment = complaint(row["grader"], "") if "grader" in row else None
+    seen = [reprompt(row["prompt"], run.templates, known, environment, "x")]
+    if cfg.feedback_tokens:
+        seen.append(tutor_prompt(row["prompt"], "x", run.templates, *run.branches, not cfg.no_anchor))
+    longest = max((encode_prompt(model.tok, prompt, kwargs) for prompt in seen), key=len)
+    return longest + longest[-1:] * ((0 if learned else cfg.max_new_tokens) + (cfg.feedback_tokens or 0))
 
 
 def show(run):

@@ -65,7 +65,7 @@ def opcod(first, second, rounds):
     specialists = ["{dir}/specialist-1/final", "{dir}/specialist-2/final"]
     solo = dict(prompts=files["train"], mixture=":".join(str(PROBLEMS[domain]) for domain in domains),
                 steps=100, batch=32, rollouts=8, lora_rank=64, lr=1e-4, warmup=5, weight_decay=0.01,
-                grad_clip=1, importance_cap=2, save_every=25)
+                grad_clip=1, adam_beta2=0.999, importance_cap=2, save_every=25)
     grpo = solo | dict(method="grpo", max_new_tokens=8192)
     sdpo = solo | dict(loss="jsd", jsd_beta=0.5, support="student_tail", top_k=100, self_teacher="ema",
                        ema_rate=0.05)
@@ -75,19 +75,21 @@ def opcod(first, second, rounds):
         rows[f"specialist-{i}"] = dict(
             student="Qwen/Qwen3-8B", method="star", prompts=[files["train"][i - 1]], steps=steps, batch=16,
             lora_rank=8, lr=2e-4, lr_schedule="cosine", warmup=round(steps / 10))
-    for name, flags in (("grpo", grpo), ("sdpo", sdpo | dict(method="sdpo"))):
+    for name, flags in (("grpo", grpo), ("sdpo", sdpo | dict(method="sdpo", no_environment=True))):
         rows |= {f"{name}-{i}": dict(student=student) | flags for i, student in enumerate(specialists, 1)}
     rows["opcod"] = sdpo | dict(student=specialists, method="opcod", val_prompts=files["val"], rounds=rounds,
                                 tau=0.2, gate_rollouts=16, feedback_tokens=1024)
     return Recipe(
         about=f"OPCoD, 2606.14368, on SciKnowEval L3: two Qwen3-8B specialists, student 1 in {first} and "
               f"student 2 in {second}, trained on both domains, each alone (GRPO, SDPO) or as each other's "
-              "tutors (OPCoD). Test problems and hyperparameters are the paper's, with three deviations. For "
+              "tutors (OPCoD). Test problems and hyperparameters are the paper's, with these deviations. For "
               "one card, its full fine-tuning at 1e-5 is a LoRA of rank 64 at 1e-4, ten times the rate as "
-              "LoRA needs it. The specialists learn from their own explanations of the gold answers: the "
-              "paper's, by gpt-5-mini, are unpublished, so compare the differences from the initial row. "
-              "Batches hold the domains in fixed shares, those of the union. Accuracy in %, mean of "
-              "16 completions per problem.",
+              "LoRA needs it, and the teacher averages adapters. The specialists learn from their own "
+              "explanations of the gold answers: the paper's, by gpt-5-mini, are unpublished, so compare the "
+              "differences from the initial row. Losses are means over rollouts of their token means, as in "
+              "the paper's equations; its code averages over all tokens. Batches hold the domains in fixed "
+              "shares, those of the union; tutors write at temperature 1. Accuracy in %, mean of 16 "
+              "completions per problem.",
         prepare=["data.convert", *(f"hicai-zju/SciKnowEval/{domain}" for domain in domains),
                  "--out", "{dir}/data"],
         common=dict(seed="{seed}", eval_prompts=files["test"], eval_rollouts=16, eval_temperature=0.6,
@@ -213,7 +215,7 @@ RECIPES = {
         columns={domain: domain for domain in PEERS},
         axes={f"{domain} accuracy, %": (domain,) for domain in PEERS},
         references=(),
-        quick={"": dict(steps=6, eval_every=0)} | {name: {} for name in ("base", "specialist-1", "specialist-2")},
+        quick={"": dict(steps=6, eval_every=0), "base": {}, "specialist-1": {}, "specialist-2": {}},
     ),
     "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),
     "opcod-chem-mat": opcod("chemistry", "material", rounds=2),

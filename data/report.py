@@ -8,6 +8,26 @@ from pathlib import Path
 from .files import read_lines
 
 
+def step_line(run, s):
+    """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
+    cfg, parts = run.cfg, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
+    parts += [f"student {s['tutee']}"] if "tutee" in s else []
+    parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
+    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" and "logprob_s" in s else []
+    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
+    parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
+    parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
+    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
+    parts += [f"feedback {s['feedback'].get('kept', 0)}/{total}"
+              ] if (total := sum(s.get("feedback", {}).values())) else []
+    parts += [f"student {i} tutors in {', '.join(domains) or 'nothing'} (gap {gap:.2f})" for i, (gap, domains)
+              in enumerate(zip(s["gate"]["gaps"], s["gate"]["tutors"]), 1)] if "gate" in s else []
+    times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
+    parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
+    parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
+    return " | ".join(parts)
+
+
 def read_metrics(out):
     """(steps, evals) of a run folder: the lines with losses, and [(updates done, {set: accuracy})].
 
@@ -51,7 +71,7 @@ def write_run(out):
                   f"{config['eval_temperature']:g}"
                   + f", top_p {config['eval_top_p']:g}" * (config["eval_top_p"] < 1) + ".", ""]
     if gates:
-        lines += ["## Rounds", "", *round_table(gates, config["tau"]), "", *break_table(gates)]
+        lines += ["## Rounds", "", *round_table(gates, config), "", *break_table(gates)]
     if any("feedback" in s for s in steps):
         lines += ["## Feedback", "", *feedback_table(steps), ""]
     lines += ["## Training", ""]
@@ -90,15 +110,22 @@ def indented(text):
 
 def about_run(config, steps):
     """One paragraph: how much, how long, where the time went, how much memory."""
-    parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in steps[-1]["seconds"]}
+    parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in timed_parts(steps)}
     total = max(sum(parts.values()), 1e-9)
     memory = " ".join(f"{name} {max(s.get('memory_gib_by_part', {}).get(name, 0) for s in steps):.1f}"
                       for name in steps[-1].get("memory_gib_by_part", {}))
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
     tokens, peak = steps[-1]["sampled_tokens"], max(s["memory_gib"] for s in steps)
-    return (f"{len(steps)} steps with {tokens:,} sampled tokens in {total / 60:.1f} minutes ({shares}); "
+    told = sum(s.get("feedback_tokens", 0) for s in steps)
+    return (f"{len(steps)} steps with {tokens:,} sampled tokens" + f" and {told:,} of feedback" * bool(told)
+            + f" in {total / 60:.1f} minutes ({shares}); "
             f"peak memory {peak:.1f} GiB" + f" ({memory})" * bool(memory)
             + f". {config['device_name']}, {config['dtype']}, seed {config['seed']}, {config['started']}.")
+
+
+def timed_parts(steps):
+    """Names of the parts that took time in any step, in order of appearance."""
+    return list(dict.fromkeys(name for s in steps for name in s["seconds"]))
 
 
 def accuracy_table(evals):
@@ -132,8 +159,8 @@ def change_table(steps):
     return table
 
 
-def round_table(gates, tau):
-    """What the gate saw and decided: a tutor gives feedback in a round if its gap is at most tau."""
+def round_table(gates, config):
+    """What the gate saw, and where that let each student give feedback."""
     sets = list(gates[0]["scores"][0])
     titles = [*(f"{i}/{name}" for i in (1, 2) for name in sets),
               "gap of 1", "gap of 2", "1 tutors", "2 tutors"]
@@ -141,10 +168,11 @@ def round_table(gates, tau):
     for gate in gates:
         cells = [f"{100 * scores[name]:.1f}" for scores in gate["scores"] for name in sets]
         cells += [f"{gap:.3f}" for gap in gate["gaps"]]
-        cells += ["yes" if cognizant else "no" for cognizant in gate["cognizant"]]
+        cells += [", ".join(domains) or "nothing" for domains in gate["tutors"]]
         table.append(f"| {gate['round'] + 1} | " + " | ".join(cells) + " |")
     return [*table, "", "Accuracy on the validation prompts in %. A student's gap is the sum over sets of "
-            f"its relative shortfall from the better one; it tutors if that is at most {tau:g}."]
+            f"its relative shortfall from the better one; up to {config['tau']:g} it counts as cognizant. "
+            f"Who tutors where: `--gate {config['gate']}`."]
 
 
 def break_table(gates):
@@ -224,7 +252,7 @@ def draw_run(plt, steps, evals, path):
         panels = [panel for panel in panels if "log p(y)" not in panel[0]]
     sets = list(dict.fromkeys(name.partition("/")[2] for _, scores in evals for name in scores
                               if name[:2] in ("1/", "2/"))) if any("tutee" in s for s in steps) else []
-    names = list(steps[-1]["seconds"])
+    names = timed_parts(steps)
     count = len(panels) + bool(evals) + bool(names) + (len(sets) == 2)
     columns = min(count, 3) if count <= 6 else 4
     figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,

@@ -17,7 +17,8 @@ from methods import METHODS
 torch.set_num_threads(2)
 TEMPLATES = {                                                    # as short as the prompts
     "reprompt": "{solution}{feedback}{prompt}", "solution": "{solution}=", "environment": "{feedback}=",
-    "peer": "{feedback}+", "told": "{answer}={prompt}", "anchored": "{question}{response}>",
+    "peer": "{feedback}+", "told": "{answer}={prompt}",
+    "anchored": "{question}{response}>{tutor_domain} to {tutee_domain}",
     "unanchored": "{question}{response}="}
 WORD_ROWS = [{"prompt": p, "answer": a, "solution": a} for p, a in (
     ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"),
@@ -63,7 +64,7 @@ def argv(tmp_path, models, prompts):
         if method.students == 2:
             pair = lambda name: [f"{branch}={prompts(name + branch)}" for branch in ("words", "more")]
             ours |= dict(student=[models / "a", models / "b"], prompts=pair(""), val_prompts=pair("val"),
-                         gate_rollouts=2, break_prompts=2, feedback_tokens=6)
+                         break_prompts=2, feedback_tokens=6)
         flags = ours | flags
         words = []
         for flag, value in flags.items():

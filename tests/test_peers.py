@@ -80,6 +80,28 @@ def test_grpo_gradient_is_its_definition(start):
     assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
 
 
+def test_grpo_needs_rollouts_to_compare(argv):
+    with pytest.raises(SystemExit, match="--rollouts must be at least 2"):
+        opd.main(argv(method="grpo", rollouts=1))
+
+
+@pytest.mark.parametrize("method", ["star", "grpo", "sdpo"])
+def test_methods_of_one_student_resume_where_they_were(solvable, monkeypatch, method):
+    """star: what was written before the kill is not written again."""
+    flags = dict(method=method, steps=6, save_every=1)
+    whole, cut = solvable(**flags), solvable(**flags)
+    opd.train(whole)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 3))
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(cut)
+    monkeypatch.undo()
+    resumed = solvable(**flags, out=cut.out, resume=True)
+    opd.train(resumed)
+    assert resumed.state["step"] == 6 and torch.equal(parameters(whole.student), parameters(resumed.student))
+    of = lambda run: [line.get("loss") for line in read_lines(run.out / "metrics.jsonl")]
+    assert of(whole) == of(resumed)
+
+
 def test_star_learns_the_plain_prompt_from_answers_written_with_the_hint(solvable, monkeypatch):
     """What is told is not learned from, wrong rationales have no weight, and every prompt is told once."""
     run, asked = solvable(method="star"), []
@@ -113,7 +135,7 @@ def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
 def test_gradient_of_self_distillation_is_its_definition(start, kind):
     """JSD(p(. | x) || sg q(. | x, s)), q the student as it is, was, or is on average, of the informed."""
-    run = double(start(method="sdpo", self_teacher=kind, ema_rate=0.5, top_k=1000, micro_tokens=20))
+    run = double(start(method="sdpo", self_teacher=kind, top_k=1000, micro_tokens=20))
     teacher = run.self_teacher(run.student)
     teacher.net.double()
     teacher.values = {p: value.double() for p, value in teacher.values.items()}
@@ -161,7 +183,18 @@ def test_sdpo_step_without_anything_to_learn_from_changes_nothing(start):
                for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0)
 
 
-def test_environment_speaks_only_where_no_demonstration_does(start, prompts, tmp_path):
+def test_environment_speaks_only_where_no_demonstration_does(start):
+    run = start(method="sdpo")
+    rollouts = some(run, (1, 0), 0) + some(run, (0, 0), 1)
+    for r in rollouts:
+        r.prompt |= {"grader": "letter_tag"}
+    run.sample = lambda model, prompts: rollouts
+    next(methods.sdpo(run))
+    shown = [r.teacher_prompt.partition("=")[0].split()[0] for r in rollouts]
+    assert shown == ["The", "text", "The", "The"]                # answer cannot be graded; text 0 0
+
+
+def test_environment_can_be_silent(start, prompts):
     rows = [r | {"grader": "letter_tag", "answer": "A"} for r in WORD_ROWS]
     for flags, informed in ((dict(), True), (dict(no_environment=True), False)):
         run = start(method="sdpo", prompts=[prompts("tags", rows)], max_new_tokens=2, **flags)
@@ -181,7 +214,7 @@ def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
 
 @pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
 def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
-    """Frozen: the network without its adapter; ema: two sets of adapter weights. Both start as the student."""
+    """Frozen: the network without its adapter; ema: a second adapter. All start as the student."""
     pytest.importorskip("peft", reason="optional: pip install peft")
     run = start(method="opsd", self_teacher=kind, lora_rank=4, lr=1e-2, steps=3)
     teacher = run.self_teacher(run.student)
@@ -204,16 +237,14 @@ def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
             "live": 0 < moved("teacher") == moved("student")}[kind]
 
 
-def test_average_follows_the_student_and_leaves_it_alone(solvable):
+def test_average_follows_the_student_and_leaves_it_alone(solvable, monkeypatch):
     run = solvable(method="sdpo", ema_rate=0.25, steps=3)
     average, expected = run.student.average, parameters(run.student).clone()
     states = []
-    real = data_models.follow
-    data_models.follow = lambda mean, rate: (real(mean, rate), states.append(parameters(run.student).clone()))
-    try:
-        opd.train(run)
-    finally:
-        data_models.follow = real
+    real = opd.update
+    monkeypatch.setattr(opd, "update", lambda *step: (
+        real(*step), states.append(parameters(run.student).clone()))[0])
+    opd.train(run)
     for state in states:
         expected = 0.75 * expected + 0.25 * state
     values = torch.cat([v.flatten().double() for v in average.values.values()])
@@ -248,9 +279,14 @@ def test_gate_decides_who_speaks(gate, expected):
 
 def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, monkeypatch):
     """K updates of student 1, then K of student 2, per round; a tutor and its optimizer do not change."""
-    run, order = solvable(method="opcod", steps=4, rounds=2, gate="always"), []
-    monkeypatch.setattr(run, "write", lambda tutor, prompts: [
-        ("<concept>rev</concept>1" if "rev" in p else "<concept>zebra</concept>2", True) for p in prompts])
+    run, order = solvable(method="opcod", steps=4, rounds=2, gate="always", warmup=3), []
+
+    def write(tutor, prompts):
+        i = run.students.index(tutor)                            # the student itself, not its average
+        assert all(p.endswith(f">{run.branches[i]} to {run.branches[1 - i]}") for p in prompts)
+        return [(f"<concept>{'rev' if 'rev' in p else 'zebra'}</concept>1", True) for p in prompts]
+
+    monkeypatch.setattr(run, "write", write)
     real = opd.update
 
     def update(run, jobs, weights):
@@ -277,6 +313,8 @@ def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, mon
     lines = [line for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0]
     assert [line["step"] for line in lines if "gate" in line] == [0, 4]
     assert [line["tutee"] for line in lines] == [1, 1, 2, 2, 1, 1, 2, 2]
+    warm = [1 / 3, 2 / 3, 1.0, 1.0]                              # each student has its own warm-up
+    assert [line["lr"] / 1e-3 for line in lines] == pytest.approx(warm[:2] * 2 + warm[2:] * 2)
     assert all(line["feedback"].keys() <= {"kept", "no_match"} for line in lines)
     for outcome in ("kept", "no_match"):
         assert sum(line["feedback"].get(outcome, 0) for line in lines) > 0
@@ -285,6 +323,57 @@ def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, mon
         saved = AutoModelForCausalLM.from_pretrained(run.out / "final" / str(i))
         ours = run.students[i - 1].net.parameters()
         assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), ours))
+
+
+def test_a_tutor_writes_as_it_is_asked_to(start, monkeypatch):
+    """At the rollouts' temperature, within --feedback_tokens; half sentences go."""
+    run, asked = start(method="opcod", temperature=0.7, feedback_tokens=5), []
+    run.complete = lambda model, prompts, temperature, **how: (
+        asked.append((model, temperature, how)), [(torch.tensor([3, run.student.stops[0]]), None),
+                                                  (torch.tensor([3, 4]), None)])[1]
+    texts = run.write(run.students[1], ["a", "b"])
+    assert asked == [(run.students[1], 0.7, {"max_new_tokens": 5})] and run.notes["feedback_tokens"] == 4
+    assert [finished for _, finished in texts] == [True, False]
+    rollouts = some(run, (0, 0))
+    said = "<concept>rev</concept>One two. Three"
+    run.write = lambda tutor, prompts: [(said, True), (said, False)]
+    heard = methods.feedback(run, *run.students, rollouts)
+    assert heard == ["One two. Three", "One two."]
+    assert [r.feedback for r in rollouts] == [(said, "kept")] * 2
+
+
+def test_what_has_no_room_is_not_read(start):
+    """Decoded text may have more tokens when it is read: no feedback, no demonstration, no crash."""
+    run = start(method="opcod")
+    long, short = "a" * 200, "a"
+    rollouts = some(run, (0, 1))
+    rollouts[0].text = long
+    run.write = lambda tutor, prompts: [("<concept>rev</concept>1", True) for _ in prompts]
+    assert methods.feedback(run, *run.students, rollouts) == [None, "1"]
+    assert run.notes["feedback"] == {"too_long": 1, "kept": 1}
+    job, = self_taught(run, run.student, rollouts, [long, short])
+    assert [r.teacher_prompt for r in rollouts] == [None, "a=rev abc>"] and job.weights == [0.0, 1.0]
+
+
+def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
+    run, counts = solvable(method="opcod", gate_rollouts=3, eval_temperature=1.0), []
+    real = run.sample
+    run.sample = lambda model, prompts, n, *how: (counts.append(n * len(prompts)),
+                                                  real(model, prompts, n, *how))[1]
+    torch.manual_seed(1)
+    expected, tokens = torch.rand(3), run.state["sampled_tokens"]
+    torch.manual_seed(1)
+    scores = [run.validate(run.student) for _ in range(2)]
+    assert counts == [15, 15] * 2 and scores[0] == scores[1] and run.state["sampled_tokens"] == tokens
+    assert torch.equal(torch.rand(3), expected) and list(run.clock) == ["gate"]
+
+
+def test_break_rates_are_in_the_order_of_the_tutors(start, monkeypatch):
+    run = start(method="opcod", break_prompts=2)
+    monkeypatch.setattr(run, "validate", lambda student: dict.fromkeys(run.branches, 0.5))
+    monkeypatch.setattr(methods, "broken", lambda run, tutor, tutee: [run.students.index(tutor),
+                                                                      run.students.index(tutee)])
+    assert methods.cognizance(run)["broken"] == [[0, 1], [1, 0]]
 
 
 def test_an_incognizant_tutor_is_not_even_asked(solvable, monkeypatch):
@@ -332,7 +421,7 @@ def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at, rank):
     assert lines[0] == lines[1]
 
 
-def test_resting_students_compute_the_same(solvable):
+def test_resting_students_compute_the_same(solvable, monkeypatch):
     """--teacher_device swap: who waits is in main memory, optimizer too, and comes to write or to learn."""
     plain, swapped = (solvable(method="opcod", rounds=2, tau=5) for _ in range(2))
     swapped.cfg.teacher_device = "swap"
@@ -342,6 +431,12 @@ def test_resting_students_compute_the_same(solvable):
     assert [s.swapped for s in swapped.students] == [True, False]          # the second had the last turn
     for old, new in zip(plain.students, swapped.students):
         assert torch.equal(parameters(old), parameters(new))
+    moved, to = [], torch.Tensor.to                              # a CPU has nowhere else to go
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where: (moved.append(x.data_ptr()), to(x, *where))[1])
+    student = plain.students[0]
+    data_models.rest(student)
+    states = [x for o in student.optimizers for state in o.state.values() for x in state.values()]
+    assert states and {x.data_ptr() for x in [*states, *student.net.parameters()]} <= set(moved)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -363,14 +458,17 @@ def test_students_in_turn_on_a_gpu(solvable):
 def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, monkeypatch):
     run = solvable(method="opcod", break_prompts=5)
     first, second = run.students
-    real = run.sample
+    real, asked, correct = run.sample, [], []
     poisoned = lambda p: p["prompt"].startswith("1+") or "=1+" in p["prompt"]
 
     def sample(model, prompts, **how):
         rollouts = real(model, prompts, **how)
         if how.get("n") == 1:
+            asked.append([r.prompt["prompt"] for r in rollouts])
             for r in rollouts:
                 r.reward = float(not poisoned(r.prompt))
+        else:
+            correct.extend(r for r in rollouts if r.reward == 1 and r.prompt["prompt"][0] in "rsl")
         return rollouts
 
     monkeypatch.setattr(run, "sample", sample)
@@ -379,6 +477,8 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
         for p in prompts])
     run.notes = {"tutee": 2}
     found = methods.broken(run, first, second)
+    assert found["correct"] == len(correct) == len(asked[0])     # of those whose feedback is kept
+    assert asked[1] == [prompt.replace("1+", "").replace("2+", "") for prompt in asked[0]]
     assert 0 < found["broken"] < found["correct"] and found["broken_without"] == 0
     assert run.notes == {"tutee": 2}                             # a measurement, not the step's
 
@@ -390,6 +490,8 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
     (dict(teachers=["a"]), "--teachers has no effect"),
     (dict(method="sdpo", student=["a", "b"]), "has one student"),
     (dict(method="opd", teachers=["a"], tau=0.3, val_prompts=[]), "--tau has no effect on --method opd"),
+    (dict(gate_rollouts=4), "--gate_rollouts 4 has no effect at --eval_temperature 0"),
+    (dict(self_teacher="frozen", ema_rate=0.1), "--ema_rate has no effect on --self_teacher frozen"),
     (dict(templates="none.json"), "none.json"), (dict(loss="akl"), "akl needs the full vocabulary")])
 def test_bad_pairs_are_refused_in_one_line(argv, prompts, flags, message):
     prompts("words")
@@ -421,16 +523,34 @@ def test_domains_that_cannot_be_learned_from(argv, prompts, tmp_path, where, row
     assert not list(tmp_path.glob("out*/metrics.jsonl"))
 
 
+def test_solutions_that_show_nothing(argv, prompts):
+    rows = [{"prompt": "rev abc>", "solution": "<think>cba</think>"}]
+    with pytest.raises(SystemExit, match='blank.jsonl:1: "solution" is blank'):
+        opd.main(argv(method="opsd", prompts=[prompts("blank", rows)]))
+
+
+@pytest.mark.parametrize("row", [{"solution": 5}, {"solution": "a" * 300}])
+def test_solutions_that_no_one_reads_do_not_matter(start, prompts, row):
+    start(method="sdpo", prompts=[prompts("unread", [WORD_ROWS[0] | row])])
+
+
+def test_another_experiment_is_not_resumed(solvable, prompts):
+    """Templates and validation prompts are compared by what they say."""
+    run = solvable(method="opcod")
+    run.begin(), run.save()
+    for path, old, new in ((run.cfg.templates, "+", "-"), (run.cfg.val_prompts["more"], "rev", "rev a")):
+        text = open(path).read()
+        with open(path, "w") as file:
+            file.write(text.replace(old, new, 1))
+        with pytest.raises(SystemExit, match="--resume with another prompts_sha256"):
+            opd.Run(run.cfg.__class__(**vars(run.cfg) | {"resume": True}))
+        with open(path, "w") as file:
+            file.write(text)
+
+
 def test_students_that_never_answer_are_noticed_before_training(argv):
     with pytest.raises(SystemExit, match="neither student answers a prompt of --val_prompts words correctly"):
         opd.main(argv(method="opcod"))
-
-
-def test_templates_are_part_of_the_run(start, tmp_path):
-    run = start(method="sdpo")
-    assert run.templates.reprompt == TEMPLATES["reprompt"]
-    assert json.loads(run.cfg.templates.read_text() if hasattr(run.cfg.templates, "read_text")
-                      else open(run.cfg.templates).read()) == TEMPLATES
 
 
 # ---- real questions ----------------------------------------------------------------------------------------

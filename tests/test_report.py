@@ -11,7 +11,7 @@ CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": 
           "device_name": "cpu",
           "dtype": "float32", "seed": 0, "started": "today",
           "eval_prompts": {"physics": "p", "chemistry": "c"}, "eval_rollouts": 16, "eval_temperature": 0.6,
-          "versions": {"torch": "2"}, "tau": 0.2}
+          "versions": {"torch": "2"}, "tau": 0.2, "gate": "selective"}
 
 
 def step(number, **extra):
@@ -46,11 +46,11 @@ def table_of(text, first):
 # ---- runs --------------------------------------------------------------------------------------------------
 
 GATES = [{"round": 0, "scores": [{"physics": 0.5, "chemistry": 0.4}, {"physics": 0.45, "chemistry": 0.6}],
-          "gaps": [1 / 3, 0.1], "cognizant": [False, True],
+          "gaps": [1 / 3, 0.1], "cognizant": [False, True], "tutors": [[], ["physics", "chemistry"]],
           "broken": [{"correct": 10, "broken": 4, "broken_without": 1},
                      {"correct": 20, "broken": 1, "broken_without": 2}]},
          {"round": 1, "scores": [{"physics": 0.6, "chemistry": 0.6}, {"physics": 0.6, "chemistry": 0.6}],
-          "gaps": [0, 0], "cognizant": [True, True],
+          "gaps": [0, 0], "cognizant": [True, True], "tutors": [["physics"], ["physics", "chemistry"]],
           "broken": [{"correct": 30, "broken": 4, "broken_without": 2}, None]}]
 
 
@@ -91,10 +91,16 @@ def test_the_rounds_say_scores_gaps_and_decisions(tutoring):
     rounds = table_of(text, "round")
     assert rounds["round"] == ["1/physics", "1/chemistry", "2/physics", "2/chemistry", "gap of 1", "gap of 2",
                                "1 tutors", "2 tutors"]
-    assert rounds["1"] == ["50.0", "40.0", "45.0", "60.0", "0.333", "0.100", "no", "yes"]
-    assert rounds["2"][-4:] == ["0.000", "0.000", "yes", "yes"] and "at most 0.2." in text
+    assert rounds["1"] == ["50.0", "40.0", "45.0", "60.0", "0.333", "0.100", "nothing", "physics, chemistry"]
+    assert rounds["2"][-4:] == ["0.000", "0.000", "physics", "physics, chemistry"]
+    assert "up to 0.2 it" in text and "`--gate selective`" in text
     broken = table_of(text, "tutors")           # summed over rounds: 20 + 30 correct, 1 + 4 of them broken
     assert broken["cognizant"] == ["50", "10.0", "8.0"] and broken["incognizant"] == ["10", "40.0", "10.0"]
+
+
+def test_time_of_parts_that_not_every_step_has():
+    steps = [step(0, seconds={"gate": 30.0, "sample": 6.0}), step(1, seconds={"sample": 6.0, "update": 18.0})]
+    assert "in 1.0 minutes (gate 50%, sample 20%, update 30%)" in report.about_run(CONFIG, steps)
 
 
 def test_break_rates_that_nobody_measured_are_not_numbers():
