@@ -5,9 +5,9 @@ environment in its prompt. OPCoD (arXiv 2606.14368) adds a peer's feedback: prom
 in our own words; C.2 removes revealed answers, keeps feedback whose concept is in the question, and strips
 the concept's tag.
 
-What C.2 leaves open [ours]: an answer is an option's letter, never a value. \boxed{42}, "option A is too low"
-and "the peer's answer is C" stay. Lower-case letters are a to d; one that may be a word (A, I, a) counts only
-where its clause ends. An answer told by its value, or by "choose B" or "B is right", is not recognised.
+What C.2 leaves open [ours]: an answer is an option's letter, never a value: \boxed{42}, "option A is too low"
+and "the peer's answer is C" stay. A sentence that tells the letter goes, its value and all, or from its last
+", so" on. "Choose B", "B is right" and an option's text in a sentence of its own are not recognised.
 """
 import dataclasses
 import json
@@ -76,11 +76,8 @@ The correct answer is: {answer}
 Explain step by step how to arrive at it, as if nobody had told you, and end as asked for above."""
 
 
-REQUIRED = {"reprompt": {"prompt", "solution", "feedback"}, "solution": {"solution"},
-            "environment": {"feedback"}, "peer": {"feedback"},
-            "anchored": {"question", "response"}, "unanchored": {"question", "response"},
-            "told": {"prompt", "answer"}}
 DOMAINS = {"tutor_domain", "tutee_domain"}
+REQUIRED = {name: set(re.findall(r"{(\w+)}", text)) - DOMAINS for name, text in vars(Templates()).items()}
 
 
 def read_templates(path):
@@ -90,7 +87,9 @@ def read_templates(path):
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read --templates {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: templates are one JSON object, not {str(given)[:60]!r}")
@@ -218,51 +217,52 @@ def anchors(concept, question):
     return specific(concept) & words(question)
 
 
-TERM = r"(?![\w'’]|-\w|\.\w|\s*[=+/^<>≈≤≥×·⋅∝\\])"              # no label of an option: F = ma, B-field, D's
-ENDS = (r"(?!\.\w)(?=[*_]*(?:\s*\Z|[ \t]*\n(?![ \t]*[a-z])|[.,;:!?)\]](?!\w)|\s+[-–—]\s|"
-        r"\s+(?:because|since|as|and|but|which|due\s+to|rather\s+than)(?![-\w])))")
-BARE = rf"(?:[B-HJ]{TERM}|[AIb-d]{ENDS}|A(?=\s+\()|a(?!,){ENDS})"        # not in "a, possibly large, number"
-NAMED = (r"(?i:(?:the\s+)?(?:option|choice|letter|answer))\s*:?\s*[*_]*"
-         rf"(?:\([A-Ja-d]\)|[A-J]{TERM}|[a-d]{ENDS})")
-MARKED = (r"(?:(?:\\\w+\s*\{|\\?[(\[]|[*_`\"“$])\s{0,3}){1,6}[A-Ja-d][.:]?"
-          r"(?:\s{0,3}\\?[)\]]|[*_`\"”}$]){1,9}(?![*_`\"”)\]}$\w]|-\w)")
-WRONG = (r"(?!\s+(?:is|was|seems|looks|cannot\s+be)\s+(?:\w+\s+)?"
-         r"(?:wrong|incorrect|not|false|mistaken|unsupported|unjustified|flawed)\b)")
-THEN = r"(?:,?\s+(?:therefore|thus|hence|then|indeed|clearly|actually|simply|likely|probably|in\s+fact)\b)?"
-IS = rf"\b(?:is|was|(?:should|would|must|will|has\s+to|can\s+only){THEN}\s+be)\b{THEN}"
-PHRASE = re.compile(rf"""(?<![\w*\#])(?:\#+[ \t]+)?[*_]{{0,3}}
-    (?i:(?:(?:so|thus|hence|therefore|then),?\s+)? (?:the\s+)?
-        (?P<whose>(?:\w+['’]s?|your|their|his|her|peer|student)\s+)?
-        (?P<right>(?:(?:final|correct|right|true|best|actual|proper|only)\s+){{1,3}})?
-        (?:(?:answer|option|choice|letter)(?:\s+(?:option|choice|letter))?|(?<=correct\s)one|(?<=right\s)one)
-        (?:\s+here|\s+(?:to|for|in)(?:\s+[\w-]+){{1,4}}?)? {THEN},?
-        (?:[\s*_]{{0,9}}(?:[:：=]|[-–—]\s|{IS})[\s*_:,]{{0,9}} | (?(right)[\s*_]{{0,3}},?\s+|(?!))))
-    (?:{NAMED}|{MARKED}|{BARE})[*_]*(?![*_]){WRONG}""", re.X)
-TURNED = re.compile(rf"""(?<!\w)(?<!if\s)(?<!whether\s)
-    (?:(?i:option|choice)\s+[*_]*\(?[A-J](?!\w)\)?[*_]*\s+(?i:{IS}\s+(?:the\s+)?(?:correct|right)\b)
-      |(?:{MARKED}|[A-J])\s+(?i:{IS}\s+the\s+(?:correct|right|best)\s+(?=answer|option|choice|one)))
-    (?i:\s*(?:answer|option|choice|one)\b)?""", re.X)
-ALONE = re.compile(
-    r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*)*\(?[A-Ja-d]\)?\}*\s*(?:[.:)][^{}]*(?:\}[^{}]*)?)?\}+"  # \boxed{B: 2.0}
-    r"|(?<![*\w])(\*{2,3}|__)\(?(?:[A-J]|(?<=\()[a-d])\)?\.?\1(?![*\w]|-\w|\s*[=+/^×·])"
-    r"|(?is:<answer>.*?</answer>)|(?i:<answer>\W*[a-j]\b|</?answer>)")
-GONE = "\0"
+LETTER = (r"(?-i:\([A-Ha-d]\)|\b[A-Ha-d](?=\W*\Z|[.;:!?)](?!\w)|(?<!a),| [-–—(]|(?<=[B-H]) [a-z]"
+          r"| (?:because|since|as|and|but|in|is|at)\b))")           # not in "A vector", F = ma, B-field, D's
+RIGHT = r"\b(?:correct|right|true|best|actual|proper) (?:answer|option|choice|letter|one)\b"
+WORDS = r"(?:,? (?!(?:is|was|be|not|peer|student|you|they)\b)[\w'’-]+){0,5}?"        # the answer TO THIS is
+IS = (r"(?: ?[:：]| [-–—]|,? (?:is|was|be)\b)"
+      r"(?:[ :,]|\b(?:the|option|choice|therefore|thus|most|likely|probably|clearly|correct|answer)\b){0,9}")
+NOT_THEIRS = "".join(rf"(?<!\b{word} )" for word in (
+    "your their his her peer student 's ’s ' ’ own final wrong incorrect chosen selected").split())
+OPTION_IS = (r"\(?(?-i:\b[A-H])\)?(?::? \(?[-\d][^()]{0,40}\)?)?"                       # option B (2.0) is
+             r" (?:is|was|(?:must|should|would) be) (?:\w+ly )?(?:the )?")
+REVEALING = (                                                    # what it is, pattern for plain text, example
+    ("the answer is B", rf"{NOT_THEIRS}\b(?:final )?(?:(?:answer|{RIGHT}){WORDS}|option|choice){IS}{LETTER}"
+     r"(?! is\b)", "So the correct answer is\nD: 3.96"),
+    ("the right answer, B", rf"{RIGHT},? (?:option )?{LETTER}", "The correct option (C) is taken in step 3."),
+    ("option B is right", rf"(?<!if )(?<!whether )\b(?:option|choice|answer) {OPTION_IS}(?:correct|right)\b",
+     "Option B (2.03) is correct."),
+    ("B is the right answer", rf"{OPTION_IS}{RIGHT}", "Option B is the best choice."),
+    ("a tag", "</?answer>", "<answer>\nthe flux,\nthat is B\n</answer>"))
+BOLD = re.compile(r" ?(?<![*\w])(\*{2,3}|__)(?:\(?[A-H]\)?|\([a-d]\))(?:\.|: [^*\n]{1,60})?\1"
+                  r"(?![*\w]|-\w|\s*[=+/^×·])")
+SENTENCE = re.compile(r""".+? (?: \Z                                # the text ends,
+    | (?<!^\d) [.!?] [)\]"”*_$]* (?=[ \t]+[^\d\s}] | \s*\Z)         # a stop, not of 2.03, 1. or B. 2.03
+    | (?<=[^\s:：]) (?<!\bis) (?<!<answer>) (?=[ \t]*\n\s*[^a-z\\<\s]) )""",     # a line, if not cut
+                      re.M | re.S | re.X)
 
 
 def without_answers(text):
-    """Without what reveals an option's letter (C.2): "the correct option is X" and its like, boxes, bold
-    letters, answer tags; and the punctuation of a sentence that is nothing else. Unchanged if nothing does.
-    """
-    def whole(found):
-        peers = found["whose"] and not re.search("correct|right|true", found["right"] or "", re.I)
-        return found[0] if peers else GONE
-
-    text = text.replace(GONE, "")
-    while GONE in (marked := ALONE.sub(GONE, TURNED.sub(GONE, PHRASE.sub(whole, text)))):
-        marked = re.sub(rf"\\?([\[(])\s*{GONE}\s*\\?[\])]|(\*\*|__|\$\$?)\s*{GONE}\s*\2", GONE, marked)
-        marked = re.sub(rf"(?:\A\s*|(?<=[.!?\n])[ \t]*){GONE}[.,;:!?]*", "", marked)
-        text = re.sub(rf"[,;]?[ \t]*{GONE}(?=[.,;:!?])|[ \t]*{GONE}", "", marked)  # which may reveal again
+    """Without the sentences that tell which option is right, and without bold letters (C.2)."""
+    before = None
+    while text != before:
+        before, text = text, BOLD.sub("", "".join(map(harmless, SENTENCE.findall(text))))
     return text
+
+
+def harmless(sentence):
+    """The sentence; if it tells an answer, what stands before its last ", so" or ", but"; or nothing."""
+    if reveals(sentence):
+        sentence = re.sub(r"(?is)(.+),\s(?:so|and|but|while)\b.*?([.!?]?)\s*\Z", r"\1\2", sentence)
+    return "" if reveals(sentence) else sentence
+
+
+def reveals(sentence):
+    r"""Whether it tells an answer, as a box does; markup aside: **B** and \text{B} are B, \n is a space."""
+    text = re.sub(r"\\boxed\b", "the correct answer, ", sentence)
+    text = re.sub(r'\\(?:text|math)\w*|\\[\[\]]|[*_`"“”$#{}]', "", text)
+    return any(re.search(pattern, " ".join(text.split()), re.I) for _, pattern, _ in REVEALING)
 
 
 SHORT = re.compile(r"\W*(?:e\.g|i\.e|cf|vs|eqs?|figs?|refs?|approx|resp|dr|\d\d?)\.", re.I)   # no end

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, Templates, accept, anchors, concept,
-                           read_templates, reprompt, shortened, specific, tutor_prompt, without_answers,
-                           without_concept, without_thinking, words)
+from data.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors,
+                           concept, read_templates, reprompt, shortened, specific, tutor_prompt,
+                           without_answers, without_concept, without_thinking, words)
 
 PHYSICS = Path(__file__).parent.parent.parent / "shared" / "data" / "sciknoweval" / "physics_train.jsonl"
 QUESTION = "What is the net electric flux of a charged cube? Select the answer.\n\nA: 2.0\nB: 3.0"
@@ -40,7 +40,18 @@ REVEALED = [
     "\\[\\boxed{\\textbf{B}}\\]", "\\boxed{B: 2.0}", "\\boxed{\\text{B. } 2.0}", "\\boxed{\\text{B}: 2.0}",
     "**A**", "**(B)**", "***C***", "__D__", "**B.**", "**(b)**",
     "<answer>B</answer>", "<answer>\nB\n</answer>", "<ANSWER>(C) 2.0</ANSWER>", "<answer>B",
-    "<answer>\nthe flux,\nthat is B\n</answer>"]
+    "<answer>\nthe flux,\nthat is B\n</answer>",
+    "The correct option is B: 2.03", "the correct answer is A: 2.56.", "So the correct answer is\nD: 3.96",
+    "The correct answer is **B: 2.03**.", "**Final Answer: B: 3.0**", "Answer: B) 2.0",
+    "The answer is B. 2.03", "Option B is the best choice.", "Option B (2.03) is correct.",
+    "Option B ($2.0 \\times 10^5$ N) is correct", "Your \\boxed{B} is 2.", "The peer's correct answer is B.",
+    "The correct answer is (A) 2.0.", "The correct answer is A, 2.0 N.", "**B: 2.03**",
+    "This answer is B: 2.03.",
+    "The correct answer is **B**: $2.0 \\times 10^4 \\mathrm{~N} \\cdot \\mathrm{m}^2 / \\mathrm{C}$.",
+    "Therefore, the answer is B: 2.03.", "Based on this analysis, the correct answer is B.",
+    "We get \\boxed{A} at step 2", "The best choice would be option (d), 2.03.",
+    "<answer>\nB: 2.0", "Option B should be correct.", "The best answer **C** D.",
+    *(example for _, _, example in REVEALING)]
 
 ORDINARY = [
     "The correct answer is a vector", "the correct answer is A vector", "The answer is a number",
@@ -62,6 +73,14 @@ ORDINARY = [
     "Final answer: 42", "Final answer: about 3", "The correct answer is 2.0 N", "**Bold** and **B**-field",
     "**F** = m**a**",
     "**Capacitor**", "A", "a B", "I", "É is the correct answer", "the answer is Änderung", "réponse: B", "",
+    "The wrong option is B.", "The students' answer is C", "the answer they give is C",
+    "The chosen option is D", "In option B the value is A lot", "Option B is not correct", 
+    "Option A is wrong if the sign is correct", "Your claim that the correct answer is C is wrong.",
+    "If option B is correct, the flux is 2.",
+    "Answer C is incorrect.",
+    "The correct answer is negative, e.g. -3.", "The correct answer requires F = ma.", "\\boxed{B \\times 2}",
+    "The correct answer is approximately 2.03", "The correct one is a good guess",
+    "The answer is B_1 as given", "Say whether b is the right choice.", "**A** = 3 and __B__-field",
     "an answer with three A's", "The answer follows from D = 3.", "For which choice is the flux larger?"]
 
 
@@ -72,7 +91,16 @@ def test_revealed_letters_go_and_the_rest_stays(text, before, after):
     left = without_answers(before + text + after)
     assert left.startswith(before.strip()) and left.endswith(after)
     remains = left[len(before.strip()):len(left) - len(after)]
-    assert not words(remains) - {"in", "this"}, left
+    assert not words(remains), left
+    if not before and not after:
+        assert accept(text, QUESTION, anchored=False) == (None, "fb_none")
+
+
+@pytest.mark.parametrize("what, pattern, example", REVEALING)
+def test_each_row_is_needed_and_its_example_vanishes(what, pattern, example, monkeypatch):
+    assert without_answers(example) == ""
+    monkeypatch.setattr("data.feedback.REVEALING", [row for row in REVEALING if row[0] != what])
+    assert without_answers(example) == example
 
 
 @pytest.mark.parametrize("text", ORDINARY)
@@ -81,16 +109,25 @@ def test_ordinary_text_is_untouched(text):
         assert without_answers(inside) == inside
 
 
-def test_removal_leaves_readable_sentences():
-    assert without_answers("It errs. The correct answer is B. Check step 2, so the answer is B.") == \
-        "It errs. Check step 2."
-    assert without_answers("Look (the answer is B) at step 2") == "Look at step 2"
-    assert without_answers("The answer is **Option (B)** (see step 2).") == " (see step 2)."
-    assert without_answers("The answer is B because it sinks") == " because it sinks"
+@pytest.mark.parametrize("text, left", [
+    ("It errs. The correct answer is B. Check step 2, so the answer is B.", "It errs. Check step 2."),
+    ("It errs, but not in step 2, so the answer is B: 2.03. Check it.",
+     "It errs, but not in step 2. Check it."),
+    ("The peer chose C, but the correct answer is B.", "The peer chose C."),
+    ("The answer is B, so step 2 holds. Next", " Next"),
+    ("Step 1 holds. As the flux is outward, the answer is B. Check 2.", "Step 1 holds. Check 2."),
+    ("Look (the answer is B) at step 2. Check it.", " Check it."),
+    ("The answer is **Option (B)** (see step 2).", ""), ("The answer is B because it sinks", ""),
+    ("1. It errs.\n2. The answer is B: 2.\n3. Check.", "1. It errs.\n3. Check."),
+    ("I would choose **B**. It sinks.", "I would choose. It sinks."),
+    ("In option **B** the unit is wrong.", "In option the unit is wrong.")])
+def test_removal_leaves_readable_sentences(text, left):
+    assert without_answers(text) == left
 
 
 def test_what_removal_reveals_is_removed_too():
-    assert not words(without_answers("The answer **B** is C")) - {"because"}
+    assert without_answers("The answer **B** is C") == ""
+    assert without_answers("The correct **B** answer is C. It sinks") == " It sinks"
     for text in REVEALED:
         assert without_answers(without_answers(text)) == without_answers(text)
 
@@ -98,9 +135,13 @@ def test_what_removal_reveals_is_removed_too():
 def test_degenerate_text_takes_no_time():
     start = time.perf_counter()
     for text in ("the answer is " + "*" * 4000, "(" * 4000, "\\boxed{" * 800, "<concept>" * 800,
-                 "final " * 1500, "\n" * 4000):
+                 "final " * 1500, "\n" * 6000, "The answer is B. " * 350, "x, so " * 1000 + "the answer is B",
+                 "correct answer word word " * 250, "option B " + "2" * 6000, "**B: " * 1200,
+                 "<answer>" * 750, "correct answer" + ", " * 3000, "a \n " * 1500, "_" * 6000,
+                 '."' + "*" * 6000):
         accept(text, QUESTION)
-    assert time.perf_counter() - start < 5
+        assert time.perf_counter() - start < 1, text[:30]
+        start = time.perf_counter()
 
 
 @pytest.mark.parametrize("text, found", [
@@ -193,6 +234,7 @@ def test_accept_with_an_anchor(text, expected):
 @pytest.mark.parametrize("text, expected", [
     (BODY, (BODY, "kept")), (f"{BODY} **B**", (BODY, "kept")),
     (f"<concept>gravity</concept>{BODY}", (BODY, "kept")),
+    ("1. The answer is B: 2.03.", (None, "fb_none")), ("\n- The answer is A: 2.0.\n", (None, "fb_none")),
     ("Final answer: (C)", (None, "fb_none")), ("", (None, "fb_none")),
     ("<think>x</think>", (None, "fb_none"))])
 def test_accept_without_an_anchor(text, expected):
@@ -288,6 +330,8 @@ def test_templates_from_a_file(tmp_path):
     read = read_templates(path)
     assert read.reprompt == T.reprompt and reprompt("q", read, peer="p").startswith("q Peer: p {}\n")
     assert tutor_prompt("q", "r", read, "physics", "law", anchored=False) == "physicsqr"
+    path.write_text('{"anchored": "{question}{response}"}')
+    assert tutor_prompt("q", "r", read_templates(path), "physics", "law") == "qr", "domains are optional"
     path.write_text("{}")
     assert read_templates(str(path)) == T
     path.write_text(json.dumps(vars(T)))
