@@ -8,28 +8,36 @@ from conftest import TEMPLATES, WORD_ROWS, gradients, parameters
 from test_data import SHARED
 from test_loop import accumulate, die_at, double
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import methods
 import opd
 from data import convert, scratch
 from data import models as data_models
 from data.feedback import Templates, told
 from data.files import read_lines
+from data.graders import complaint
 from methods import advantages, cognizance_gaps, demonstrations, self_taught
 
 @pytest.fixture
 def solvable(start, models, prompts, tmp_path):
-    """start(..) on prompts of which tiny random models get some right: answers are their likeliest tokens."""
+    """start(..) on prompts that tiny random models often get right: the answers are their likeliest tokens."""
     answers = {}
     for name in ("a", "b"):
-        run = start(student=models / name, method="grpo", max_new_tokens=1)
+        net = AutoModelForCausalLM.from_pretrained(models / name)
+        with torch.no_grad():
+            net.model.norm.weight.mul_(4)                        # surer of it than `models` are
+        net.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(models / name).save_pretrained(tmp_path / name)
+        run = start(student=tmp_path / name, method="grpo", max_new_tokens=1)
         written = run.sample(run.student, [{"prompt": r["prompt"]} for r in WORD_ROWS], n=1, temperature=0)
         answers[name] = [r | {"answer": w.text, "solution": w.text} for r, w in zip(WORD_ROWS, written)]
     common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
     pair = lambda name: [f"{branch}={prompts('solvable' + name + branch, answers[of])}"
                          for branch, of in (("words", "a"), ("more", "b"))]
-    both = dict(method="opcod", prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
-    return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else dict(
-        prompts=[prompts("solvable", answers["a"])])) | flags)
+    both = dict(method="opcod", student=[tmp_path / "a", tmp_path / "b"], prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
+    alone = dict(student=tmp_path / "a", prompts=[prompts("solvable", answers["a"])])
+    return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else alone) | flags)
 
 
 def some(run, rewards, prompt=0):
@@ -190,8 +198,9 @@ def test_environment_speaks_only_where_no_demonstration_does(start):
         r.prompt |= {"grader": "letter_tag"}
     run.sample = lambda model, prompts: rollouts
     next(methods.sdpo(run))
-    shown = [r.teacher_prompt.partition("=")[0].split()[0] for r in rollouts]
-    assert shown == ["The", "text", "The", "The"]                # answer cannot be graded; text 0 0
+    ungradable = complaint("letter_tag", "") + "="
+    assert [r.teacher_prompt for r in rollouts] == [
+        f"{ungradable}rev abc>", "text 0 0=rev abc>", *[f"{ungradable}copy hello>"] * 2]
 
 
 def test_environment_can_be_silent(start, prompts):
@@ -319,7 +328,6 @@ def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, mon
     for outcome in ("kept", "no_match"):
         assert sum(line["feedback"].get(outcome, 0) for line in lines) > 0
     for i in (1, 2):
-        from transformers import AutoModelForCausalLM
         saved = AutoModelForCausalLM.from_pretrained(run.out / "final" / str(i))
         ours = run.students[i - 1].net.parameters()
         assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), ours))
@@ -363,8 +371,8 @@ def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
     torch.manual_seed(1)
     expected, tokens = torch.rand(3), run.state["sampled_tokens"]
     torch.manual_seed(1)
-    scores = [run.validate(run.student) for _ in range(2)]
-    assert counts == [15, 15] * 2 and scores[0] == scores[1] and run.state["sampled_tokens"] == tokens
+    scores = [run.validate(run.student) for _ in range(8)]
+    assert counts == [15, 15] * 8 and scores == scores[:1] * 8 and run.state["sampled_tokens"] == tokens
     assert torch.equal(torch.rand(3), expected) and list(run.clock) == ["gate"]
 
 
@@ -478,6 +486,7 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
     run.notes = {"tutee": 2}
     found = methods.broken(run, first, second)
     assert found["correct"] == len(correct) == len(asked[0])     # of those whose feedback is kept
+    assert any("=" in prompt for prompt in asked[1])             # the control has its demonstrations
     assert asked[1] == [prompt.replace("1+", "").replace("2+", "") for prompt in asked[0]]
     assert 0 < found["broken"] < found["correct"] and found["broken_without"] == 0
     assert run.notes == {"tutee": 2}                             # a measurement, not the step's
@@ -502,7 +511,6 @@ def test_bad_pairs_are_refused_in_one_line(argv, prompts, flags, message):
 
 
 def test_students_with_different_tokenizers_are_refused(argv, models, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(models / "b")
     tok.add_tokens(["<new>"])
     net = AutoModelForCausalLM.from_pretrained(models / "b")
