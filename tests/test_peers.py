@@ -369,11 +369,12 @@ def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
     run.sample = lambda model, prompts, n, *how: (counts.append(n * len(prompts)),
                                                   real(model, prompts, n, *how))[1]
     torch.manual_seed(1)
-    expected, tokens = torch.rand(3), run.state["sampled_tokens"]
+    expected, tokens = torch.rand(8).tolist(), run.state["sampled_tokens"]
     torch.manual_seed(1)
-    scores = [run.validate(run.student) for _ in range(8)]
-    assert counts == [15, 15] * 8 and scores == scores[:1] * 8 and run.state["sampled_tokens"] == tokens
-    assert torch.equal(torch.rand(3), expected) and list(run.clock) == ["gate"]
+    pairs = [(run.validate(run.student), torch.rand(1).item()) for _ in range(8)]
+    assert counts == [15, 15] * 8 and list(run.clock) == ["gate"] and run.state["sampled_tokens"] == tokens
+    assert [x for _, x in pairs] == expected                     # as if nothing had been measured
+    assert all(scores == pairs[0][0] for scores, _ in pairs)     # each time with the same randomness
 
 
 def test_break_rates_are_in_the_order_of_the_tutors(start, monkeypatch):
