@@ -377,6 +377,8 @@ class Run:
         distinct = {path: self.before(self.student, path) for path in dict.fromkeys(cfg.teachers.values())}
         for other in (*self.students[1:], *distinct.values()):
             models.share_tokens(self.student, other)
+        for student in self.students:
+            student.vocab = self.student.vocab
         for teacher in distinct.values():
             models.share_stops(self.student, teacher)
         self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}

@@ -400,7 +400,7 @@ def share_tokens(student, teacher):
     """Token ids must mean the same in both models: distillation compares distributions id by id.
 
     A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
-    renormalised over the student's.
+    renormalised over the student's. Another student (it has optimizers) may not.
     """
     ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
     more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
