@@ -347,10 +347,10 @@ def describe(rollouts, weights, stats, jobs):
 
 def solved(rollouts):
     """The share of prompts with a correct rollout; None where prompts have one rollout or no answer."""
-    groups = [group for group in by_prompt(rollouts).values() if len(group) > 1]
-    if not groups or any(r.reward is None for r in rollouts):
+    if any(r.reward is None for r in rollouts):
         return None
-    return sum(any(r.reward == 1 for r in group) for group in groups) / len(groups)
+    groups = [group for group in by_prompt(rollouts).values() if len(group) > 1]
+    return sum(any(r.reward == 1 for r in group) for group in groups) / len(groups) if groups else None
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def test_without_peft_a_line_says_what_to_install(argv, monkeypatch):
 
 def saved_bytes(run, job):
     """Bytes alive after a forward pass, for its backward."""
-    with preflight.Live(preflight.tensors(run.student)) as live:
+    with preflight.Live(preflight.tensors(run.student.net)) as live:
         prompts = [opd.rollout_prompt(run.student, r, run.cfg) for r in job.rollouts]
         hidden = opd.completion_hidden(run.student, prompts, [r.ids_T for r in job.rollouts])
         alive = live.now
