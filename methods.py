@@ -37,7 +37,7 @@ class Rollout:
     prompt: dict                            # a row of the prompt file: prompt, branch, answer, solution, ..
     ids_T: torch.Tensor                     # completion token ids
     logp_T: torch.Tensor | None = None      # log-probabilities as sampled; None = fixed data, off-policy
-    teacher_prompt: list | None = None      # what the teacher sees instead; None = the student's prompt
+    teacher_prompt: list | str | None = None    # what the teacher sees instead; None = the same
     text: str = ""                          # the completion without its stop token
     reward: float | None = None             # the grader's verdict, where the prompt has an answer
     feedback: tuple | None = None           # what a tutor wrote about it, and what became of that
@@ -59,21 +59,22 @@ class Job:
 
 def by_branch(rollouts):
     """{branch: its rollouts}, in the order of first appearance."""
-    groups = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.prompt["branch"], []).append(rollout)
-    return groups
+    return grouped(rollouts, lambda prompt: prompt["branch"])
+
+
+def by_prompt(rollouts):
+    """{prompt_key: its rollouts}, likewise."""
+    return grouped(rollouts, prompt_key)
 
 
 def prompt_key(prompt):
     return f"{prompt['branch']} {prompt['row']}"
 
 
-def by_prompt(rollouts):
-    """{prompt_key: its rollouts}, likewise."""
+def grouped(rollouts, key):
     groups = {}
     for rollout in rollouts:
-        groups.setdefault(prompt_key(rollout.prompt), []).append(rollout)
+        groups.setdefault(key(rollout.prompt), []).append(rollout)
     return groups
 
 
@@ -261,7 +262,7 @@ def star(run):
 
 
 def opsd(run):
-    """On-policy self-distillation: the teacher is the student as it started, and sees the reference solution.
+    """On-policy self-distillation: the self-teacher, the student as it started, sees the reference solution.
 
     Zhao et al., 2601.18734; the divergence over the full vocabulary, without their clip of single entries.
     """

@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from data import flags, models, preflight, recipes, report      # before the model classes: data/__init__.py
@@ -628,7 +627,7 @@ class Run:
             for student, place in zip(self.students, self.places(folder)):
                 models.save_model(student, place)
             torch.save({"optimizers": [[o.state_dict() for o in s.optimizers] for s in self.students],
-                        "averages": [averaged(s) for s in self.students], "state": self.state},
+                        "averages": [models.averaged(s) for s in self.students], "state": self.state},
                        folder / "trainer.pt")
 
     def restore(self, checkpoint):
@@ -641,7 +640,7 @@ class Run:
                 optimizer.load_state_dict(state)
                 for group, here in zip(optimizer.param_groups, fused):
                     group["fused"] = here                       # the state may come from another device
-            for value, then in zip(averaged(student), values, strict=True):
+            for value, then in zip(models.averaged(student), values, strict=True):
                 value.copy_(then)
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():                                   # forget what the lost steps wrote
@@ -665,10 +664,6 @@ class Run:
                 student.net.to(student.dtype)
                 models.save_model(student, place)
                 student.tok.save_pretrained(place)
-
-
-def averaged(student):
-    return list(student.average.values.values()) if student.average else []
 
 
 def train(run):

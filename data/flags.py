@@ -235,7 +235,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
         help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
     add("--eval_every", type=AMOUNT, default=0,
-        help="steps between evaluations; 0 = before and after training only")
+        help="steps, of both students together, between evaluations; 0 = before and after training only")
     add("--eval_rollouts", type=COUNT, default=1,
         help="completions per evaluation prompt; the score is their mean")
     add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
@@ -284,7 +284,7 @@ def check_students(cfg, method, branches):
 
 
 def check_effects(cfg, changed):
-    """None of `changed` (flags that are not default) is without effect for what the others say."""
+    """None of `changed` (flags that are not default) is without effect, and no run can only learn nothing."""
     for flag in ("eval_rollouts", "gate_rollouts"):
         if flag in changed and getattr(cfg, flag) > 1 and not cfg.eval_temperature:
             fail(f"--{flag} {getattr(cfg, flag)} has no effect at --eval_temperature 0: greedy completions "

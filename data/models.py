@@ -286,6 +286,11 @@ def average(student, cfg):
     return replace(student, optimizers=(), values=values)
 
 
+def averaged(student):
+    """The numbers of its moving average, in the order of its parameters; none where it has no average."""
+    return list(student.average.values.values()) if student.average else []
+
+
 @torch.no_grad()
 def follow(average, rate):
     """After an update of the student: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
@@ -306,6 +311,7 @@ def wake(student):
 
 
 def move(student, device):
+    """Weights, buffers and optimizer state, in place: the optimizers keep their parameters."""
     for x in tensors(student.net):
         x.data = x.data.to(device)
     for state in [state for optimizer in student.optimizers for state in optimizer.state.values()]:

@@ -21,7 +21,7 @@ from .chat import encode_completion, encode_prompt, may_think, reads_nothing
 from .feedback import reprompt, told, tutor_prompt
 from .flags import fail
 from .graders import can_be_correct, complaint
-from .models import fake_mode, positions, tensors
+from .models import averaged, fake_mode, positions, tensors
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # bytes of what cannot run on fake tensors
@@ -243,7 +243,7 @@ def memory(run):
     if len(students) > 1:
         parts = {"both students' weights": always(sum(map(weight_bytes, students)))}
     if student.average:
-        kept = sum(p.nbytes for s in students for p in s.average.values)
+        kept = sum(value.nbytes for s in students for value in averaged(s))
         parts["moving averages"] = {"score": kept} if cfg.teacher_device == "swap" else always(kept)
     if cfg.teacher_device == "swap":                            # one at a time
         parts["weights of a teacher"] = {"score": max(map(weight_bytes, teachers), default=0)}

@@ -42,7 +42,7 @@ import random
 import re
 from pathlib import Path
 
-from .small_world import LETTERS, model, tokenizer
+from .small_world import LETTERS, tokenizer, unsolved, write
 
 OPERATIONS = ("next", "back", "down", "up")
 STEPS = 5
@@ -167,15 +167,11 @@ def build(out, seed, base, specialist, pool, validation, evaluation):
                    for form, n in OTHER.items()}
         files[f"specialist{i}"] = mixed(stream(f"specialist {own}"), shares, specialist)
         rows = distinct(stream(f"pool {own}"), own, pool + validation, 1)
-        files[own] = [{key: row[key] for key in row if key != "solution"} for row in rows[:pool]]
+        files[own] = unsolved(rows[:pool])
         files[f"val_{own}"] = rows[pool:]
         files[f"eval_{own}"] = distinct(stream(f"eval {own}"), own, evaluation, 0)
-    tok = tokenizer(WORDS, ["<concept>", "</concept>", *ELEMENTS], " >;|")
-    model(len(tok), seed).save_pretrained(out / "init")
-    tok.save_pretrained(out / "init")
+    write(out, tokenizer(WORDS, ["<concept>", "</concept>", *ELEMENTS], " >;|"), seed, files)
     (out / "templates.json").write_text(json.dumps(TEMPLATES, indent=1))
-    for name, lines in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -188,8 +188,17 @@ def build(out, seed, generalist, specialist, prompts, references, evaluation):
             rng.shuffle(files[name])
     for branch, count in (("general", references), ("domain", references // 2)):
         files[f"{branch}_references"] = files[branch][:count]
-        files[branch] = [{key: row[key] for key in row if key != "solution"} for row in files[branch]]
-    tok = tokenizer()
+        files[branch] = unsolved(files[branch])
+    write(out, tokenizer(), seed, files)
+
+
+def unsolved(rows):
+    """The rows without their solutions."""
+    return [{key: row[key] for key in row if key != "solution"} for row in rows]
+
+
+def write(out, tok, seed, files):
+    """OUT/init, an untrained model with its tokenizer, and OUT/NAME.jsonl for each {name: rows}."""
     model(len(tok), seed).save_pretrained(out / "init")
     tok.save_pretrained(out / "init")
     for name, lines in files.items():

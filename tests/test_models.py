@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import WORD_ROWS, gradients, parameters
+from conftest import gradients, parameters
 from test_loop import accumulate, double, rollouts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -501,8 +501,8 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
     run, measured = start(**flags), {}
     run.student.stops = [run.student.vocab - 1]                  # completions of full length
     models = [run.student, *preflight.distinct(run)]
-    known = [x for model in models for x in preflight.tensors(model.net)] + opd.averaged(run.student)
-    held = sum(map(preflight.weight_bytes, models)) + sum(x.nbytes for x in opd.averaged(run.student))
+    known = [x for model in models for x in preflight.tensors(model.net)] + loading.averaged(run.student)
+    held = sum(map(preflight.weight_bytes, models)) + sum(x.nbytes for x in loading.averaged(run.student))
     monkeypatch.setattr("kernels.chunked._held", type("Empty", (), {})())
     with preflight.Live(known) as live:
         @contextlib.contextmanager

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TEMPLATES, WORD_ROWS, gradients, parameters
+from conftest import WORD_ROWS, gradients, parameters
 from test_data import SHARED
 from test_loop import accumulate, die_at, double
 
@@ -19,9 +19,10 @@ from data.files import read_lines
 from data.graders import complaint
 from methods import advantages, cognizance_gaps, demonstrations, self_taught
 
+
 @pytest.fixture
 def solvable(start, models, prompts, tmp_path):
-    """start(..) on prompts that tiny random models often get right: the answers are their likeliest tokens."""
+    """start(..) on prompts that tiny random models often get right: answers are their likeliest tokens."""
     answers = {}
     for name in ("a", "b"):
         net = AutoModelForCausalLM.from_pretrained(models / name)
@@ -35,7 +36,8 @@ def solvable(start, models, prompts, tmp_path):
     common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
     pair = lambda name: [f"{branch}={prompts('solvable' + name + branch, answers[of])}"
                          for branch, of in (("words", "a"), ("more", "b"))]
-    both = dict(method="opcod", student=[tmp_path / "a", tmp_path / "b"], prompts=pair("train"), val_prompts=pair("val"), rounds=2, feedback_tokens=2)
+    both = dict(method="opcod", student=[tmp_path / "a", tmp_path / "b"], prompts=pair("train"),
+                val_prompts=pair("val"), rounds=2, feedback_tokens=2)
     alone = dict(student=tmp_path / "a", prompts=[prompts("solvable", answers["a"])])
     return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else alone) | flags)
 
@@ -424,7 +426,8 @@ def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at, rank):
     opd.train(resumed)
     for old, new in zip(whole.students, resumed.students):
         assert torch.equal(parameters(old), parameters(new))
-        assert all(torch.equal(a, b) for a, b in zip(opd.averaged(old), opd.averaged(new), strict=True))
+        averages = zip(*map(data_models.averaged, (old, new)), strict=True)
+        assert all(torch.equal(a, b) for a, b in averages)
     lines = [[{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
               for line in read_lines(run.out / "metrics.jsonl")] for run in (whole, resumed)]
     assert lines[0] == lines[1]
@@ -564,7 +567,7 @@ def test_students_that_never_answer_are_noticed_before_training(argv):
 
 # ---- real questions ----------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not (SHARED / "sciknoweval").exists(), reason="real data is not here")
+@pytest.mark.skipif(not (SHARED / "sciknoweval").exists(), reason="real data are not part of the project")
 def test_the_paths_of_the_recipe_on_real_physics(tmp_path):
     """Convert, star, opcod with the English templates, on a chat model that has learned the answer's form."""
     convert.main(["hicai-zju/SciKnowEval/physics", "--out", str(tmp_path), "--file",
