@@ -164,13 +164,17 @@ def camopd(run):
     rollout, --scale 1 scales none.
     """
     for step in run.steps():
-        rollouts = run.sample(run.student, run.draw(scheduled(run.cfg.schedule, run.branches, step)))
-        jobs = routed(run, rollouts)
-        for job in jobs:
-            branch = job.rollouts[0].prompt["branch"]
-            score = absolute_gap if branch == run.branches[0] else positive_gap
-            job.weights = gap_mass(score, run.cfg.mass[branch], run.cfg.scale[branch])
-        yield jobs
+        prompts = run.draw(scheduled(run.cfg.schedule, run.branches, step))
+        yield selected(run, run.sample(run.student, prompts))
+
+
+def selected(run, rollouts):
+    """One Job per branch, its weights as in CaMOPD eq. 6-9."""
+    jobs = routed(run, rollouts)
+    for job in jobs:
+        branch = job.rollouts[0].prompt["branch"]
+        job.weights = gap_mass(demand(run, branch), run.cfg.mass[branch], run.cfg.scale[branch])
+    return jobs
 
 
 def scheduled(schedule, branches, step):
@@ -180,6 +184,11 @@ def scheduled(schedule, branches, step):
     counts = [int(n) for n in schedule.split(":")]
     period = [branch for branch, n in zip(branches, counts) for _ in range(n)]
     return period[step % len(period)]
+
+
+def demand(run, branch):
+    """The score by which a branch's rollouts are selected, a function of the gap. CaMOPD eq. 6, 7."""
+    return absolute_gap if branch == run.branches[0] else positive_gap
 
 
 def absolute_gap(gap_T):
@@ -424,6 +433,7 @@ class Method:
     graded: bool = False                    # needs the prompts' answers
     teachers: bool = True                   # --teachers, one for every branch
     students: int = 1
+    jobs: Callable | None = None            # run, rollouts of all branches -> its Jobs, for --diagnose_every
     support: dict = field(default_factory=dict)     # its own support and top_k
     flags: dict = field(default_factory=dict)       # flags that not every method reads -> this one's default
 
@@ -434,6 +444,7 @@ def any_divergence(first, *others):
 
 
 ONE = dict(rollouts=1)
+DIAGNOSED = ONE | dict(diagnose_every=0, diagnose_rollouts=None, diagnose_layers=0)
 GRPO = dict(rollouts=8, importance_cap=2.0)                      # OPCoD 2606.14368, tables 4 and 6
 SDPO = GRPO | dict(self_teacher="ema", ema_rate=0.05, templates=None)
 TOP_100 = dict(support="student_tail", top_k=100)
@@ -443,9 +454,10 @@ METHODS = {
     "seqkd": Method(seqkd, ("nll",)),
     "kd": Method(kd, any_divergence("fkl"), solutions=True, samples=False),
     "gkd": Method(gkd, any_divergence("jsd"), solutions=True, flags=ONE | dict(gkd_lambda=0.5)),
-    "opd": Method(opd, any_divergence("rkl", "pg"), flags=ONE),
-    "mopd": Method(mopd, any_divergence("pg"), flags=ONE),
-    "camopd": Method(camopd, any_divergence("pg"), flags=ONE | dict(schedule=None, mass=None, scale=None)),
+    "opd": Method(opd, any_divergence("rkl", "pg"), jobs=routed, flags=DIAGNOSED),
+    "mopd": Method(mopd, any_divergence("pg"), jobs=routed, flags=DIAGNOSED),
+    "camopd": Method(camopd, any_divergence("pg"), jobs=selected,
+                     flags=DIAGNOSED | dict(schedule=None, mass=None, scale=None)),
     "grpo": Method(grpo, ("nll",), graded=True, teachers=False, flags=GRPO),
     "star": Method(star, ("nll",), graded=True, teachers=False,
                    flags=dict(self_teacher="frozen", ema_rate=0.05, templates=None)),

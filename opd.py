@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import flags, models, preflight, recipes, report      # before the model classes: data/__init__.py
+from data import diagnosis, flags, models, preflight, recipes, report      # first: data/__init__.py
 from data.chat import encode_completion, encode_prompt, load_prompts, may_think, prompt_text
 from data.feedback import Templates, read_templates
 from data.files import atomic_folder, find_checkpoint, read_lines, write_config, write_file
@@ -36,7 +36,7 @@ from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import (DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at,
                     truncated_importance)
-from methods import METHODS, Rollout, by_branch, by_prompt
+from methods import METHODS, Rollout, by_branch, by_prompt, demand, top_gap_mass
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopPLogitsWarper)
 
@@ -352,6 +352,49 @@ def solved(rollouts):
     return sum(any(r.reward == 1 for r in group) for group in groups) / len(groups) if groups else None
 
 
+# ---- diagnose ----------------------------------------------------------------------------------------------
+
+def diagnose(run):
+    """What the branches' gradients are like at the student's present parameters: data/diagnosis.py.
+
+    New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
+    """
+    cfg, student = run.cfg, run.student
+    count, parameters = cfg.diagnose_rollouts or cfg.batch, diagnosis.watched(student, cfg.diagnose_layers)
+    with run.aside("diagnose"), diagnosis.only(student, parameters):
+        rollouts = run.sample(student, [p for b in run.branches for p in run.draw(b, count=count)], n=1)
+        measured = {job.rollouts[0].prompt["branch"]: measure(run, job, parameters, len(rollouts))
+                    for job in run.method.jobs(run, rollouts)}
+    shares = {branch: n / sum(run.shares.values()) for branch, n in run.shares.items()}
+    return diagnosis.numbers(student, parameters, measured, shares, cfg)
+
+
+def measure(run, job, parameters, total):
+    """The gradients of one branch's Job: of each of its rollouts alone, their mean, and the method's own."""
+    cfg, branch = run.cfg, job.rollouts[0].prompt["branch"]
+    ones = [1.0] * len(job.rollouts)
+    job.weights = job.weights or (lambda job: ones)                 # a function of the gap: asks for it
+    score(job, cfg)
+    demand_N = torch.stack([demand(run, branch)(r.gap_T) for r in job.rollouts])
+    mass = cfg.mass[branch] if cfg.mass[branch] < 1 else 0.8        # where all are kept: what 0.8 would keep
+    mean, rows = [torch.zeros_like(p) for p in parameters], []
+    for i, r in enumerate(job.rollouts):
+        alone = [torch.full_like(other.gap_T, float(other is r) / len(r.ids_T)) for other in job.rollouts]
+        gradient = gradients(parameters, job, alone, cfg)
+        torch._foreach_add_(mean, gradient, alpha=1 / len(ones))
+        rows.append(diagnosis.sparse(gradient, total))
+    return diagnosis.Measured(torch.stack(rows), mean, gradients(parameters, job, weigh([job])[0], cfg),
+                              top_gap_mass(demand_N, mass), demand_N, [r.gap_T for r in job.rollouts])
+
+
+def gradients(parameters, job, weights, cfg):
+    """The gradient of a Job for every one of some parameters. Leaves none behind."""
+    backward(job, weights, cfg)
+    out = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    job.student.net.zero_grad(set_to_none=True)
+    return out
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
@@ -463,13 +506,14 @@ class Run:
         while self.state["step"] < self.total:
             yield self.state["step"]
 
-    def draw(self, branch=None, student=None):
+    def draw(self, branch=None, student=None, count=None):
         """The next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch.
 
         Of two students each goes through all prompts, in the same order.
         """
         out, cursors = [], self.state["cursor"][self.students.index(student or self.student)]
-        for branch, count in ({branch: self.cfg.batch} if branch else self.shares).items():
+        counts = {branch: count or self.cfg.batch} if branch else self.shares
+        for branch, count in counts.items():
             prompts, cursor = self.prompts[branch], cursors[branch]
             for epoch, i in (divmod(position, len(prompts)) for position in range(cursor, cursor + count)):
                 out.append(prompts[shuffled(len(prompts), f"{self.cfg.seed} {branch} {epoch}")[i]])
@@ -545,17 +589,19 @@ class Run:
 
     @contextlib.contextmanager
     def aside(self, name=None):
-        """Measurements beside the training: clock, counters, notes and randomness are kept.
+        """Measurements beside the training: clock, counters, cursors, notes and randomness are kept.
 
         Every one has the same randomness. With a name its seconds count as that part of the step.
         """
         clock, notes, spent = dict(self.clock), dict(self.notes), self.state["sampled_tokens"]
+        cursors = [dict(cursor) for cursor in self.state["cursor"]]
         on_gpu = [self.student.device] if self.student.device.type == "cuda" else []
         started = time.perf_counter()
         with torch.random.fork_rng(on_gpu):
             torch.manual_seed(self.cfg.seed)
             yield
         self.clock, self.notes, self.state["sampled_tokens"] = clock, notes, spent
+        self.state["cursor"] = cursors
         if name:
             self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - started
 
@@ -580,7 +626,8 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):     # a run that died before its first checkpoint
                 if (self.out / name).exists():
                     (self.out / name).replace(self.out / f"{name}.old")
-            self.log("metrics", {"step": -1, "eval": self.evaluate()})
+            started = {"diagnosis": diagnose(self)} if self.cfg.diagnose_every else {}
+            self.log("metrics", {"step": -1, "eval": self.evaluate()} | started)
         if self.state["step"] >= self.total:
             tqdm.write(f"{self.out} has done its {self.state['step']} steps; more --steps go on from there")
 
@@ -606,6 +653,8 @@ class Run:
         due = lambda every: state["step"] == self.total or (every and state["step"] % every == 0)
         if due(cfg.eval_every):
             stats["eval"] = self.evaluate()
+        if cfg.diagnose_every and due(cfg.diagnose_every):
+            stats["diagnosis"] = diagnose(self)
         parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
         stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
                   **({"memory_gib_by_part": parts} if parts else {}),

@@ -241,6 +241,17 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
     add("--eval_top_p", type=number(float, above=0, most=1), help="of sampled evaluation; default: --top_p")
 
+    add = p.add_argument_group("diagnosis: what the gradients are like (data/diagnosis.py)").add_argument
+    add("--diagnose_every", type=AMOUNT, metavar="K",
+        help="opd, mopd, camopd: before the first step, after every K and the last, measure cosine, "
+             "coherence and noise of the gradients, the gap's spread, and the size of each branch's step; "
+             "default: 0, never; CaMOPD sec. 4.4")
+    add("--diagnose_rollouts", type=number(int, least=2), metavar="N",
+        help="rollouts per branch for it, one backward pass each; default: --batch")
+    add("--diagnose_layers", type=AMOUNT, metavar="N",
+        help="gradients of the last N layers only: an estimate that costs less for large models; default: 0, "
+             "all parameters")
+
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--teacher_device", choices=("cuda", "cpu", "swap"),
@@ -291,5 +302,8 @@ def check_effects(cfg, changed):
                  "are all the same")
     if "ema_rate" in changed and cfg.self_teacher != "ema":
         fail(f"--ema_rate has no effect on --self_teacher {cfg.self_teacher}")
+    for flag in ("diagnose_rollouts", "diagnose_layers"):
+        if flag in changed and not cfg.diagnose_every:
+            fail(f"--{flag} has no effect without --diagnose_every")
     if cfg.method == "grpo" and cfg.rollouts == 1:
         fail("--method grpo compares the rollouts of a prompt: --rollouts must be at least 2")

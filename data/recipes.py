@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import report
+from . import tables
 from .files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,8 @@ class Recipe:
     quick_prepare: list = field(default_factory=list)
     expected: dict = field(default_factory=dict)    # "full" or "quick" -> row -> (mean, spread) per column, %
     beside: str = "expected"        # what `expected` is called where it is printed
+    pictured: tuple = ()            # rows of the picture; (): all
+    differences: dict = field(default_factory=dict)     # title -> (row, the row it is compared with by seed)
     # where two students are compared: title -> the run of both, or that of student 1 and that of student 2.
     # Then a row of the report is a title, every column is there for each student, and the first row is where
     # they start. Otherwise a row of the report is a row
@@ -121,6 +123,43 @@ PEER_SDPO = PEER_ARM | dict(method="sdpo", templates="{dir}/world/templates.json
 PEER_OPCOD = PEER_SDPO | dict(
     method="opcod", student=["{dir}/specialist-1/final", "{dir}/specialist-2/final"], rounds=3,
     val_prompts=PEER_FILES["val_"], gate_rollouts=4, feedback_tokens=16)
+
+RECOVERY_SETS = {"letters": "letters (to recover)", "greek": "greek", "uncovered": "uncovered",
+                 "domain": "domain (to keep)", "unmarked": "unmarked"}
+RECOVERY = dict(
+    student="{dir}/specialist/final", steps=120, batch=64, lr=1e-4, warmup=5, eval_every=40, save_every=0,
+    prompts=["general={dir}/world/general.jsonl", "domain={dir}/world/domain.jsonl"],
+    teachers=["general={dir}/generalist/final", "domain={dir}/specialist/final"],
+    diagnose_every=40, diagnose_rollouts=64)
+
+
+def pool(general="general", domain="domain"):
+    return dict(prompts=[f"general={{dir}}/world/{general}.jsonl", f"domain={{dir}}/world/{domain}.jsonl"])
+
+
+MIXED = RECOVERY | dict(method="mopd", loss="rkl")                      # CaMOPD's table 3: w/o dec
+FULL = RECOVERY | dict(method="camopd", loss="rkl", schedule="3:1", mass=[0.8], scale=["general=2"])
+ABLATION = {                                        # CaMOPD's table 3, and selection without alternation
+    "mopd": MIXED, "mopd-3to1": MIXED | dict(mixture="3:1"),
+    "no-selection": FULL | dict(mass=[1]), "no-alternation": FULL | dict(schedule="mixed", mixture="3:1"),
+    "camopd": FULL}
+ALONE = {                                           # each part by itself, and a mixture with more of general
+    "alternation": FULL | dict(mass=[1], scale=[1]),
+    "selection": FULL | dict(schedule="mixed", mixture="3:1", scale=[1]),
+    "mopd-7to1": MIXED | dict(mixture="7:1")}
+GRID = {                                            # CaMOPD's figure 4: schedule, scale and mass of general
+    "schedule-1-1": FULL | dict(schedule="1:1"), "schedule-5-1": FULL | dict(schedule="5:1"),
+    **{f"scale-{r}-mass-{rho}": FULL | dict(scale=[f"general={r}"], mass=[f"general={rho}"])
+       for r, rho in ((1, 0.6), (1, 0.8), (2, 0.6), (3, 0.6), (3, 0.8))}}
+SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the middle two differ in the scale
+FACTORS = {                                         # what a training differs in -> (flags, rows)
+    "pg": (dict(loss="pg", lr=3e-4), ABLATION),
+    "conflict": (pool(domain="conflict"), ABLATION),
+    "broad": (pool("broad"), ("mopd-3to1", "camopd")),
+    "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
+    "batch16": (dict(batch=16), ("mopd-3to1", "camopd")),
+    "muon": (dict(optimizer="muon", lr=2e-4), SCALED),
+    "sgd": (dict(optimizer="sgd", lr=0.02, grad_clip=0), SCALED)}
 
 RECIPES = {
     "small": Recipe(
@@ -229,6 +268,36 @@ RECIPES = {
             "OPCoD without anchoring": [(95.3, 2.6), (97.8, 1.8), (91.8, 3.2), (98.8, 1.8)],
         }},
     ),
+    "small-camopd": Recipe(
+        about="When does CaMOPD help? Its ablation (table 3), its grid of schedule, scale and mass (figure "
+              "4), and the ablation with other losses, prompts, batches and optimizers, in a world of long "
+              "noisy completions whose proxy prompts the specialist mostly solves. Every row has 120 steps "
+              "of 64 rollouts, the reverse KL and AdamW unless its name says otherwise. Differences are "
+              "paired by seed, with 95% intervals by Student's t. Accuracy in %, greedy.",
+        prepare=["data.small_recovery", "{dir}/world", "--seed", "{seed}"],
+        common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512, micro_tokens=16384,
+                    eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl" for name in RECOVERY_SETS]),
+        rows={
+            "generalist": dict(student="{dir}/world/init", prompts=["{dir}/world/generalist.jsonl"],
+                               method="sft", optimizer="muon", lr=5e-3, lr_schedule="cosine", warmup=20,
+                               steps=320, batch=128, save_every=0),
+            "specialist": dict(student="{dir}/generalist/final", prompts=["{dir}/world/specialist.jsonl"],
+                               method="sft", lr=1e-3, lr_schedule="cosine", warmup=10, steps=100, batch=128,
+                               save_every=0),
+            **ABLATION, **ALONE, **GRID,
+            **{f"{row}-{factor}": (ABLATION | ALONE)[row] | flags for factor, (flags, rows) in FACTORS.items()
+               for row in rows}},
+        differences={
+            **{f"{row} - mopd-3to1": (row, "mopd-3to1") for row in ABLATION | ALONE | GRID
+               if row != "mopd-3to1"},
+            **{f"{row}-{factor} - mopd-3to1-{factor}": (f"{row}-{factor}", f"mopd-3to1-{factor}")
+               for factor, (_, rows) in FACTORS.items() for row in rows if row != "mopd-3to1"}},
+        columns=RECOVERY_SETS,
+        axes={"domain accuracy, %": ("domain",), "letters accuracy, %": ("letters",)},
+        references=("generalist", "specialist"),
+        pictured=("generalist", "specialist", *ABLATION, *ALONE),
+        quick={"": dict(steps=8, eval_every=0, diagnose_every=4), "generalist": dict(steps=100),
+               "specialist": dict(steps=20)}),
     "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),
     "opcod-chem-mat": opcod("chemistry", "material", rounds=2),
     "opcod-mat-phys": opcod("material", "physics", rounds=5),
@@ -249,7 +318,7 @@ def run(name, out, seeds, quick, jobs=1):
     finally:
         stop.set()                              # a row that failed, or Ctrl-C, ends the other seeds' rows too
         pool.shutdown(cancel_futures=True)
-    report.write_recipe(name, recipe, Path(os.path.relpath(ROOT / out)), seeds, form)
+    tables.write_recipe(name, recipe, Path(os.path.relpath(ROOT / out)), seeds, form)
 
 
 def run_seed(recipe, folder, seed, form, threads, stop):

@@ -1,10 +1,11 @@
-"""Reports: what a run or a recipe's table looks like, from the files it left (metrics.jsonl, config.json)."""
+"""Reports: what a run looks like, from the files it left (metrics.jsonl, config.json, samples.jsonl)."""
 import json
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
+from .diagnosis import EDGES
 from .files import read_lines
 
 
@@ -37,6 +38,12 @@ def read_metrics(out):
     return [m for m in lines if "loss" in m], [(m["step"] + 1, m["eval"]) for m in lines if m.get("eval")]
 
 
+def read_diagnoses(out):
+    """[(updates done, what data/diagnosis.py found)] of a run folder."""
+    return [(m["step"] + 1, m["diagnosis"]) for m in read_lines(Path(out) / "metrics.jsonl")
+            if "diagnosis" in m]
+
+
 def pyplot():
     """matplotlib without a display, or None with a hint: pictures are optional."""
     try:
@@ -57,6 +64,7 @@ def write_run(out):
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
     gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
+    diagnoses = read_diagnoses(out)
     students = config["student"]
     name = lambda path: "/".join(Path(path).parts[-2:])
     taught = " tutoring each other" * (len(students) > 1)
@@ -78,6 +86,8 @@ def write_run(out):
     for tutee in sorted({s.get("tutee", 0) for s in steps}):
         some = [s for s in steps if s.get("tutee", 0) == tutee]
         lines += [f"Student {tutee}, {len(some)} steps:", ""] * bool(tutee) + [*change_table(some), ""]
+    if diagnoses:
+        lines += ["## Diagnosis", "", *diagnosis_table(diagnoses), "", "![diagnosis](diagnosis.png)", ""]
     folders = [f"/{i}" for i, _ in enumerate(students, 1)] if len(students) > 1 else [""]
     lines += ["![curves](curves.png)", "", "## The model" + "s" * (len(students) > 1), "",
               "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -101,6 +111,8 @@ def write_run(out):
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
+        if diagnoses:
+            draw_diagnosis(plt, diagnoses, out / "diagnosis.png")
 
 
 def indented(text):
@@ -157,6 +169,31 @@ def change_table(steps):
             first, last = (f"{unit * statistics.mean(end):.3g}" for end in ends)
             table += [f"| {title} | {first} | {last} |"]
     return table
+
+
+def number(x, unit=1, form=".2g"):
+    return "none" if x is None else f"{unit * x:{form}}"
+
+
+def diagnosis_table(diagnoses):
+    """Branch by branch and pair by pair, what the gradients were like on the way."""
+    table = ["| after step | branch | kept, % | coherence | its gain by selection, % | by chance, % | "
+             "noise scale, rollouts | step | changes |", "|---" * 9 + "|"]
+    pairs = ["| after step | branches | dot product | cosine |", "|---" * 4 + "|"]
+    for step, found in diagnoses:
+        for branch, b in found["branches"].items():
+            taken = found["steps"][branch]
+            changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
+            cells = [step, branch, number(b["kept"] / b["rollouts"], 100, ".0f"),
+                     number(b["coherence"]), number(b["gcg"], 100, "+.0f"),
+                     number(b["gcg_random"], 100, "+.0f"), number(b["noise_scale"], form=".0f"),
+                     number(taken["step"]), changes]
+            table.append("| " + " | ".join(map(str, cells)) + " |")
+        pairs += [f"| {step} | {pair} | {p['dot']:.2g} ± {p['dot_error']:.1g} | {number(p['cosine'])} |"
+                  for pair, p in found["pairs"].items()]
+    return [*table, "", *([*pairs, ""] if len(pairs) > 2 else []),
+            "What they mean: data/diagnosis.py. By chance: the gain of as many rollouts taken at random. "
+            "Changes: of the branches' losses by that branch's step, in nats to first order."]
 
 
 def round_table(gates, config):
@@ -315,183 +352,56 @@ def arrow(axis, start, end, color):
                                                   shrinkB=0))
 
 
-# ---- recipes -----------------------------------------------------------------------------------------------
+def draw_diagnosis(plt, diagnoses, path):
+    """Gradients over the steps, then how the gap is spread at the first and at the last diagnosis."""
+    steps, found = zip(*diagnoses)
+    branches, pairs = list(found[0]["branches"]), list(found[0]["pairs"])
+    figure, axes = plt.subplots(2, 4, figsize=(14.4, 5.4))
+    (cosine, coherent, gain, noise), (step, change, mass, spread) = axes
 
-def finished(folder):
-    """(steps, evals) of a run that is finished and evaluated, or None."""
-    found = read_metrics(folder) if (folder / "final").exists() else ([], [])
-    return found if all(found) else None
+    def lines(axis, title, parts, unit=1):
+        """parts: {(colour, style, label): a value per diagnosis, None where there is none}"""
+        for (color, style, label), values in parts.items():
+            if there := [(x, unit * y) for x, y in zip(steps, values) if y is not None]:
+                axis.plot(*zip(*there), style, color=color, marker="o", markersize=3, label=label)
+        axis.set(title=title, xlabel="updates done")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
 
-
-def table_columns(recipe):
-    """{evaluation set: heading} of the recipe's table: each of its columns, or each of them per student."""
-    if not recipe.table:
-        return recipe.columns
-    return {f"{i}/{name}": f"student {i}: {heading}" for i in (1, 2)
-            for name, heading in recipe.columns.items()}
-
-
-def collect(recipe, out, seeds):
-    """{row: {"curve": [per seed: [(step, scores)]], "minutes": [..], ..}} of a recipe's runs.
-
-    None stands for a seed that was not run.
-    """
-    results = {}
-    for row, names in (recipe.table or {row: (row,) for row in recipe.rows}).items():
-        found = [together([finished(out / f"seed{seed}" / name) for name in names]) for seed in range(seeds)]
-        results[row] = dict(zip(("curve", "minutes", "sampled_tokens"), map(list, zip(*found))))
-    return results
-
-
-def together(runs):
-    """(curve, minutes, sampled tokens) of one row of one seed.
-
-    Of two runs, the first trained student 1 and the second student 2; their curve is its end.
-    """
-    if None in runs:
-        return None, None, None
-    curve = runs[0][1]
-    if len(runs) > 1:
-        curve = [(0, {f"{i}/{name}": score for i, (_, evals) in enumerate(runs, 1)
-                      for name, score in evals[-1][1].items()})]
-    return (curve, sum(sum(s["seconds"].values()) for steps, _ in runs for s in steps) / 60,
-            sum(steps[-1]["sampled_tokens"] for steps, _ in runs))
-
-
-def pareto(before, after, names):
-    """Whether scores got worse in none of `names` and better in one: OPCoD, definitions A.1 and A.2."""
-    return (all(after[name] >= before[name] for name in names)
-            and any(after[name] > before[name] for name in names))
-
-
-def improvements(recipe, first, curves):
-    """{"1": per seed, "2": .., "both": ..}: Pareto improvement over the table's first row; definition A.3."""
-    found = {"1": [], "2": [], "both": []}
-    for before, after in zip(first, curves):
-        better = [pareto(before[-1][1], after[-1][1], [f"{i}/{name}" for name in recipe.columns])
-                  if before and after else None for i in (1, 2)]
-        for key, value in zip(found, (*better, all(better) if None not in better else None)):
-            found[key].append(value)
-    return found
-
-
-def mean_spread(values):
-    """Mean and standard deviation over seeds; a single seed has no spread."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def cell(mean, spread):
-    return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
-
-
-def over_seeds(values, spread=True):
-    """A cell from a value per seed, None where it was not run."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return "not run"
-    few = f", {len(there)} of {len(values)} seeds" * (len(there) < len(values))
-    return (cell(*mean_spread(there)) if spread else f"{statistics.mean(there):.1f}") + few
-
-
-def write_recipe(name, recipe, out, seeds, form):
-    """results.json, report.md and curves.png of a recipe, its table on the screen."""
-    results, columns = collect(recipe, out, seeds), table_columns(recipe)
-    expected = recipe.expected.get(form, {})
-    initial = next(iter(recipe.table), None)
-    header = ["", *columns.values(), *["Pareto 1", "Pareto 2", "mutual Pareto"] * bool(initial), "minutes"]
-    table, record = [header, ["---"] * len(header)], {}
-    for row, found in results.items():
-        cells, record[row] = [], {}
-        for i, column in enumerate(columns):
-            values = [curve and 100 * curve[-1][1][column] for curve in found["curve"]]
-            record[row][column] = values
-            wanted = f" ({recipe.beside} {cell(*expected[row][i])})" if row in expected else ""
-            cells.append(over_seeds(values) + wanted)
-        if initial:
-            record[row]["pareto"] = improvements(recipe, results[initial]["curve"], found["curve"])
-            known = [[v for v in values if v is not None] for values in record[row]["pareto"].values()]
-            cells += [f"{sum(values)}/{len(values)} seeds" if values and row != initial else ""
-                      for values in known]
-        record[row] |= {"minutes": found["minutes"], "sampled_tokens": found["sampled_tokens"]}
-        table.append([row, *cells, over_seeds(found["minutes"], spread=False)])
-    configs = [path for seed in range(seeds) for row in recipe.rows
-               if (path := out / f"seed{seed}" / row / "config.json").exists()]
-    if not configs:
-        raise ValueError(f"{out} has no run of recipe {name}")
-    config = json.loads(configs[0].read_text())
-    about = (f"{recipe.about} Mean ± standard deviation of {seeds} seed(s), training minutes per seed. "
-             f"{config['device_name']}, torch {config['versions']['torch']}, "
-             f"{form} form.")
-    text = "\n".join("| " + " | ".join(line) + " |" for line in table)
-    (out / "results.json").write_text(json.dumps({
-        "recipe": name, "form": form, "seeds": seeds, "rows": record, "device": config["device_name"],
-        "versions": config["versions"]}, indent=1))
-    (out / "report.md").write_text(f"# Recipe {name}\n\n{about}\n\n{text}\n\n![curves](curves.png)\n",
-                                   encoding="utf-8")
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths))
-                    for line in table if line[0] != "---"))
-    print(f"\n{out}/report.md  {out}/results.json", end="")
-    if plt := pyplot():
-        (draw_students if recipe.table else draw_recipe)(plt, recipe, results, out / "curves.png")
-        print(f"  {out}/curves.png", end="")
-    print()
-
-
-def draw_recipe(plt, recipe, results, path):
-    """Left: the way of every row across the two axes, means over seeds. Right: where they end, enlarged."""
-    (x_title, x_sets), (y_title, y_sets) = recipe.axes.items()
-    figure, (way, ends) = plt.subplots(1, 2, figsize=(10.5, 4.6))
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    at = lambda scores, sets: 100 * statistics.mean(scores[name] for name in sets)
-    for i, (row, found) in enumerate(results.items()):
-        points = list(zip(*filter(None, found["curve"])))       # evaluation -> one (step, scores) per seed
-        if not points:
-            continue
-        x, y = ([[at(scores, sets) for _, scores in point] for point in points] for sets in (x_sets, y_sets))
-        mean_x, mean_y = ([statistics.mean(values) for values in axis] for axis in (x, y))
-        if row in recipe.references:
-            way.plot(mean_x[-1], mean_y[-1], "k*", markersize=12)
-            way.annotate(f"  {row}  ", (mean_x[-1], mean_y[-1]), ha="left" if mean_x[-1] < 70 else "right",
-                         va="bottom")
-            continue
-        way.plot(mean_x, mean_y, marker="o", markersize=3, linewidth=1, color=colors[i % len(colors)])
-        ends.errorbar(mean_x[-1], mean_y[-1], xerr=mean_spread(x[-1])[1], yerr=mean_spread(y[-1])[1], fmt="o",
-                      markersize=6, linewidth=1, color=colors[i % len(colors)], label=row)
-    for axis, title in ((way, "the way there"), (ends, "where each ends")):
-        axis.set(xlabel=x_title, ylabel=y_title, title=title)
-    ends.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def draw_students(plt, recipe, results, path):
-    """A panel per student: an arrow per row from the table's first row to where it ends, means over seeds.
-
-    Above and to the right of the grey lines is a Pareto improvement.
-    """
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), sharex=True, sharey=True)
-    for i, axis in enumerate(panels, 1):
-        start = None                                        # stays so where the first row was not run
-        for number, (row, found) in enumerate(results.items()):
-            ends = [curve[-1][1] for curve in found["curve"] if curve]
-            if not ends:
-                continue
-            (x, x_spread), (y, y_spread) = (
-                mean_spread([100 * statistics.mean(scores[f"{i}/{s}"] for s in sets) for scores in ends])
-                for sets in recipe.axes.values())
-            color = "black" if number == 0 else f"C{(number - 1) % 10}"
-            axis.errorbar(x, y, xerr=x_spread, yerr=y_spread, fmt="*" if number == 0 else "o", color=color,
-                          markersize=9 if number == 0 else 5, linewidth=1, label=row)
-            if number == 0:
-                start = x, y
-                axis.axvline(x, color="grey", linewidth=0.6)
-                axis.axhline(y, color="grey", linewidth=0.6)
-            elif start:
-                arrow(axis, start, (x, y), color)
-        axis.set(title=f"student {i}", xlabel=next(iter(recipe.axes)), ylabel=list(recipe.axes)[1])
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    of = lambda key: [[f["branches"][b][key] for f in found] for b in branches]
+    colored = lambda style, word, values: {(f"C{i}", style, f"{b} {word}".strip()): v
+                                           for i, (b, v) in enumerate(zip(branches, values))}
+    lines(cosine, "cosine of the branches' gradients",
+          {(f"C{i}", "-", pair): [f["pairs"][pair]["cosine"] for f in found] for i, pair in enumerate(pairs)})
+    cosine.axhline(0, color="grey", linewidth=0.6)
+    lines(coherent, "coherence", colored("-", "", of("coherence")) | colored(":", "selected",
+                                                                             of("coherence_kept")))
+    lines(gain, "coherence gain, %", colored("-", "selected", of("gcg")) | colored(":", "at random",
+                                                                                   of("gcg_random")), 100)
+    lines(noise, "noise scale, rollouts", colored("-", "", of("noise_scale")))
+    if noise.get_legend_handles_labels()[0]:
+        noise.set_yscale("log")
+    lines(step, "a step's size", {(f"C{i}", "-", name): [f["steps"][name]["step"] for f in found]
+                                  for i, name in enumerate(found[0]["steps"])})
+    lines(change, "change of a loss by a step, nats",
+          {(f"C{i}", style, f"{loss} by {by}"): [f["steps"][by]["change"][loss] for f in found]
+           for i, loss in enumerate(branches) for style, by in zip(("-", ":", "--", "-."), branches)})
+    change.axhline(0, color="grey", linewidth=0.6)
+    names = [f"{a:g}" for a in EDGES]
+    names = ["< " + names[0], *names[1:], "> " + names[-1]]
+    for i, branch in enumerate(branches):
+        for style, (at, f) in zip((":", "-"), (diagnoses[0], diagnoses[-1])):
+            b, label = f["branches"][branch], f"{branch}, after {at}"
+            if b["deciles"]:
+                mass.plot(range(1, 11), [100 * share for share in b["deciles"]], style, color=f"C{i}",
+                          label=label)
+            tokens = sum(b["histogram"])
+            spread.step(range(len(names)), [100 * n / tokens for n in b["histogram"]], style, where="mid",
+                        color=f"C{i}", label=label)
+    mass.set(title="gap mass by decile of rollouts, %", xlabel="decile, largest first")
+    spread.set(title="gap of the tokens, %", yscale="symlog", xlabel="up to nats")
+    spread.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    spread.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

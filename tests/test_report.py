@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import recipes, report
+from data import recipes, report, tables
 
 CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": "sdpo", "loss": "jsd",
           "device_name": "cpu",
@@ -208,7 +208,7 @@ def test_a_table_joins_the_two_students_runs(tmp_path, capsys):
     """Student 1's scores must come from the first run, student 2's from the second."""
     seed(tmp_path, 0, **INITIAL, solo_1=(0.4, 0.5), solo_2=(0.6, 0.5), co=(0.6, 0.4, 0.4, 0.6))
     seed(tmp_path, 1, **INITIAL, solo_1=(0.5, 0.3), solo_2=(0.3, 0.6), co=(0.8, 0.4, 0.5, 0.4))
-    report.write_recipe("pair", pair(), tmp_path, 2, "full")
+    tables.write_recipe("pair", pair(), tmp_path, 2, "full")
     table = table_of((tmp_path / "report.md").read_text(), "")
     assert table[""] == ["student 1: Phys.", "student 1: Chem.", "student 2: Phys.", "student 2: Chem.",
                          "Pareto 1", "Pareto 2", "mutual Pareto", "minutes"]
@@ -230,7 +230,7 @@ def test_a_table_joins_the_two_students_runs(tmp_path, capsys):
                                            ((0.9, 0.2), False), ((0.4, 0.2), False)])
 def test_pareto_improvement_is_no_worse_anywhere_and_better_somewhere(after, better):
     names = ("physics", "chemistry")
-    assert report.pareto(dict(zip(names, (0.5, 0.3))), dict(zip(names, after)), names) is better
+    assert tables.pareto(dict(zip(names, (0.5, 0.3))), dict(zip(names, after)), names) is better
 
 
 def test_what_was_not_run_says_so(tmp_path):
@@ -238,7 +238,7 @@ def test_what_was_not_run_says_so(tmp_path):
     seed(tmp_path, 0, first=(0.5, 0.3), solo_1=(0.4, 0.5), solo_2=(0.6, 0.5))
     seed(tmp_path, 1, **INITIAL, solo_1=(0.6, 0.5))
     leave(tmp_path / "seed1" / "solo-2", [scored(-1, physics=0.1, chemistry=0.1), step(0)], done=False)
-    report.write_recipe("pair", pair(), tmp_path, 2, "full")
+    tables.write_recipe("pair", pair(), tmp_path, 2, "full")
     table = table_of((tmp_path / "report.md").read_text(), "")
     assert table["initial"][0] == "50.0, 1 of 2 seeds (paper 51.6)"
     assert table["solo"][0] == "40.0, 1 of 2 seeds"
@@ -247,14 +247,14 @@ def test_what_was_not_run_says_so(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["initial"]["1/physics"] == [None, 50] and rows["co"]["minutes"] == [None, None]
     with pytest.raises(ValueError, match="no run of recipe pair"):
-        report.write_recipe("pair", pair(), tmp_path / "nothing", 2, "full")
+        tables.write_recipe("pair", pair(), tmp_path / "nothing", 2, "full")
 
 
 def test_the_arrows_go_from_the_start_to_each_end(tmp_path, monkeypatch):
     panels = Panels(monkeypatch)
     seed(tmp_path, 0, **INITIAL, co=(0.6, 0.4, 0.4, 0.6))
     seed(tmp_path, 1, **INITIAL, co=(0.8, 0.4, 0.4, 0.4))
-    report.write_recipe("pair", pair(), tmp_path, 2, "full")
+    tables.write_recipe("pair", pair(), tmp_path, 2, "full")
     assert panels.titles() == ["student 1", "student 2"]
     for name, start, end, spread in (("student 1", (50, 30), (70, 40), (math.sqrt(200), 0)),
                                      ("student 2", (30, 50), (40, 50), (0, math.sqrt(200)))):
@@ -273,7 +273,7 @@ def test_recipes_without_a_table_report_as_before(tmp_path):
                  expected={"quick": {"first": [(51.6, None), (37.3, 1.0)]}})
     for number in (0, 1):
         seed(tmp_path, number, first=(0.5 + number / 10, 0.3), second=(0.3, 0.5))
-    report.write_recipe("plain", plain, tmp_path, 2, "quick")
+    tables.write_recipe("plain", plain, tmp_path, 2, "quick")
     assert (tmp_path / "report.md").read_text() == (
         "# Recipe plain\n\nTwo. Mean ± standard deviation of 2 seed(s), training minutes per seed. cpu, "
         "torch 2, quick form.\n\n"
