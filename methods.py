@@ -209,6 +209,11 @@ def gap_mass(score, mass, scale):
     return weights
 
 
+def everything(job):
+    """Weights of a Job that keep every rollout; being a function of the Job, they ask for its gap."""
+    return [1.0] * len(job.rollouts)
+
+
 def top_gap_mass(score_B, mass):
     """Boolean [B]: the shortest prefix by descending score that holds `mass` of the total. CaMOPD eq. 8.
 
@@ -223,6 +228,43 @@ def top_gap_mass(score_B, mass):
     keep_B = torch.zeros_like(score_B, dtype=torch.bool)
     keep_B[order_B[: int((held_B < mass - 1e-9).sum()) + 1]] = True
     return keep_B
+
+
+def focus(run):
+    """MOPD that asks again where there was most to learn: a share --focus of every branch's prompts. Ours.
+
+    Selection (CaMOPD eq. 8) drops rollouts that teach little after the student has written them; this writes
+    fewer of them. The other prompts of a batch are the next ones, as in mopd. Demand is the score of eq. 6, 7
+    when a prompt was last asked.
+    """
+    known = run.state.setdefault("demand", {branch: {} for branch in run.branches})     # row -> its demand
+    for step in run.steps():
+        prompts = []
+        for branch, count in run.shares.items():
+            again = round(run.cfg.focus * count)
+            new = run.draw(branch, count=count - again)
+            new += in_demand(run.prompts[branch], known[branch], again, new)
+            prompts += new + run.draw(branch, count=count - len(new))       # as long as too few are known
+        jobs = routed(run, run.sample(run.student, prompts))
+        for job in jobs:
+            branch = job.rollouts[0].prompt["branch"]
+            job.weights = noting(known[branch], demand(run, branch))
+        yield jobs
+
+
+def noting(known, score):
+    """Weights that keep every rollout of a Job, and on the way note its prompts' demand."""
+    def weights(job):
+        known.update({str(r.prompt["row"]): score(r.gap_T).item() for r in job.rollouts})
+        return everything(job)
+    return weights
+
+
+def in_demand(prompts, known, count, but):
+    """The `count` prompts with the largest known demand, fewer where fewer are known; none that is in `but`."""
+    rows = {prompt["row"] for prompt in but}
+    others = [p for p in prompts if str(p["row"]) in known and p["row"] not in rows]
+    return sorted(others, key=lambda p: -known[str(p["row"])])[:count]
 
 
 # ---- learning from rewards ---------------------------------------------------------------------------------
@@ -458,6 +500,7 @@ METHODS = {
     "mopd": Method(mopd, any_divergence("pg"), jobs=routed, flags=DIAGNOSED),
     "camopd": Method(camopd, any_divergence("pg"), jobs=selected,
                      flags=DIAGNOSED | dict(schedule=None, mass=None, scale=None)),
+    "focus": Method(focus, any_divergence("pg"), jobs=routed, flags=DIAGNOSED | dict(focus=0.5)),
     "grpo": Method(grpo, ("nll",), graded=True, teachers=False, flags=GRPO),
     "star": Method(star, ("nll",), graded=True, teachers=False,
                    flags=dict(self_teacher="frozen", ema_rate=0.05, templates=None)),

@@ -36,7 +36,7 @@ from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import (DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at,
                     truncated_importance)
-from methods import METHODS, Rollout, by_branch, by_prompt, demand, top_gap_mass
+from methods import METHODS, Rollout, by_branch, by_prompt, demand, everything, top_gap_mass
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopPLogitsWarper)
 
@@ -372,16 +372,15 @@ def diagnose(run):
 def measure(run, job, parameters, total):
     """The gradients of one branch's Job: of each of its rollouts alone, their mean, and the method's own."""
     cfg, branch = run.cfg, job.rollouts[0].prompt["branch"]
-    ones = [1.0] * len(job.rollouts)
-    job.weights = job.weights or (lambda job: ones)                 # a function of the gap: asks for it
+    job.weights = job.weights or everything
     score(job, cfg)
     demand_N = torch.stack([demand(run, branch)(r.gap_T) for r in job.rollouts])
     mass = cfg.mass[branch] if cfg.mass[branch] < 1 else 0.8        # where all are kept: what 0.8 would keep
     mean, rows = [torch.zeros_like(p) for p in parameters], []
-    for i, r in enumerate(job.rollouts):
+    for r in job.rollouts:
         alone = [torch.full_like(other.gap_T, float(other is r) / len(r.ids_T)) for other in job.rollouts]
         gradient = gradients(parameters, job, alone, cfg)
-        torch._foreach_add_(mean, gradient, alpha=1 / len(ones))
+        torch._foreach_add_(mean, gradient, alpha=1 / len(job.rollouts))
         rows.append(diagnosis.sparse(gradient, total))
     return diagnosis.Measured(torch.stack(rows), mean, gradients(parameters, job, weigh([job])[0], cfg),
                               top_gap_mass(demand_N, mass), demand_N, [r.gap_T for r in job.rollouts])
@@ -512,7 +511,7 @@ class Run:
         Of two students each goes through all prompts, in the same order.
         """
         out, cursors = [], self.state["cursor"][self.students.index(student or self.student)]
-        counts = {branch: count or self.cfg.batch} if branch else self.shares
+        counts = {branch: self.cfg.batch if count is None else count} if branch else self.shares
         for branch, count in counts.items():
             prompts, cursor = self.prompts[branch], cursors[branch]
             for epoch, i in (divmod(position, len(prompts)) for position in range(cursor, cursor + count)):

@@ -174,6 +174,9 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--scale", nargs="+", metavar="[BRANCH=]R",
         help="camopd: factor on the branch's loss; "
              "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
+    add("--focus", type=SHARE,
+        help="focus: share of every branch's prompts that are asked again because their gap was the largest; "
+             "ours; default: 0.5")
     add("--self_teacher", choices=("ema", "frozen", "live"),
         help="the student as its own teacher: its moving average, as it started, as it is; default: ema for "
              "sdpo and opcod, frozen for opsd and star")
@@ -243,7 +246,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
 
     add = p.add_argument_group("diagnosis: what the gradients are like (data/diagnosis.py)").add_argument
     add("--diagnose_every", type=AMOUNT, metavar="K",
-        help="opd, mopd, camopd: before the first step, after every K and the last, measure cosine, "
+        help="opd, mopd, camopd, focus: before the first step, after every K and the last, measure cosine, "
              "coherence and noise of the gradients, the gap's spread, and the size of each branch's step; "
              "default: 0, never; CaMOPD sec. 4.4")
     add("--diagnose_rollouts", type=number(int, least=2), metavar="N",

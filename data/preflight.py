@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels.chunked import CHUNK_BYTES
 
 from .chat import encode_completion, encode_prompt, may_think, reads_nothing
+from .diagnosis import LARGEST, watched
 from .feedback import reprompt, told, tutor_prompt
 from .flags import fail
 from .graders import can_be_correct, complaint
@@ -267,6 +268,10 @@ def memory(run):
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
     parts["logits of the fused loss"] = always(buffers) if on_cpu else dict.fromkeys(PHASES[1:], buffers)
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
+    if cfg.diagnose_every:
+        one, branches = 4 * sum(p.numel() for p in watched(student, cfg.diagnose_layers)), len(run.branches)
+        kept = min(one * branches * (cfg.diagnose_rollouts or cfg.batch), LARGEST)
+        parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (2 * branches + 1) + kept}
     return parts
 
 

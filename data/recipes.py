@@ -146,15 +146,16 @@ ABLATION = {                                        # CaMOPD's table 3, and sele
 ALONE = {                                           # each part by itself, and a mixture with more of general
     "alternation": FULL | dict(mass=[1], scale=[1]),
     "selection": FULL | dict(schedule="mixed", mixture="3:1", scale=[1]),
-    "mopd-7to1": MIXED | dict(mixture="7:1")}
+    "mopd-7to1": MIXED | dict(mixture="7:1"),
+    "focus": MIXED | dict(method="focus", mixture="3:1", focus=0.5)}                        # ours
 GRID = {                                            # CaMOPD's figure 4: schedule, scale and mass of general
     "schedule-1-1": FULL | dict(schedule="1:1"), "schedule-5-1": FULL | dict(schedule="5:1"),
     **{f"scale-{r}-mass-{rho}": FULL | dict(scale=[f"general={r}"], mass=[f"general={rho}"])
        for r, rho in ((1, 0.6), (1, 0.8), (2, 0.6), (3, 0.6), (3, 0.8))}}
 SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the middle two differ in the scale
 FACTORS = {                                         # what a training differs in -> (flags, rows)
-    "pg": (dict(loss="pg", lr=3e-4), ABLATION),
-    "conflict": (pool(domain="conflict"), ABLATION),
+    "pg": (dict(loss="pg", lr=3e-4), (*ABLATION, "focus")),
+    "conflict": (pool(domain="conflict"), (*ABLATION, "focus")),
     "broad": (pool("broad"), ("mopd-3to1", "camopd")),
     "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
     "batch16": (dict(batch=16), ("mopd-3to1", "camopd")),

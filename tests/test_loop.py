@@ -10,8 +10,8 @@ from conftest import WORD_ROWS, gradients, parameters
 import opd
 from data.files import read_lines
 from losses import Objective
-from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, positive_gap, routed, scheduled,
-                     top_gap_mass)
+from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, in_demand, positive_gap, routed,
+                     scheduled, top_gap_mass)
 
 
 def rollouts(run, seed=0, count=6):
@@ -338,6 +338,37 @@ def test_camopd_switches_change_what_they_name(start, models, prompts):
     assert branches["default"] == ["general", "general", "general", "domain", "general"]
     assert branches["schedule"] == ["general", "domain", "domain", "general", "domain"]
     assert lines["mass"][0]["kept"] < 4 == lines["mass"][0]["rollouts"]
+
+
+def test_focus_on_nothing_is_mopd(start, models, prompts):
+    ends = [trained(start(**two_branches(models, prompts, **flags))) for flags in (
+        dict(method="focus", focus=0, mixture="3:1"), dict(method="mopd", mixture="3:1"))]
+    assert torch.equal(*ends)
+
+
+def test_focus_asks_again_where_the_gap_was_largest(start, models, prompts, monkeypatch):
+    pool = [{"row": row} for row in range(1, 8)]
+    known = {"1": 0.1, "2": 0.9, "3": 0.5, "6": 0.7}
+    rows = lambda count, but: [p["row"] for p in in_demand(pool, known, count, [{"row": r} for r in but])]
+    assert rows(2, []) == [2, 6] and rows(2, [6, 7]) == [2, 3] and rows(9, [2]) == [6, 3, 1] and rows(0, []) == []
+
+    flags = two_branches(models, prompts, method="focus", focus=0.5, batch=4, save_every=2) | dict(steps=6)
+    whole = start(**flags)
+    asked_at = []
+    sample = whole.sample
+    whole.sample = lambda model, some, *rest, **more: asked_at.append(some) or sample(model, some, *rest, **more)
+    end, asked = trained(whole), whole.state["demand"]
+    assert all([p["branch"] for p in some] == ["general"] * 2 + ["domain"] * 2 for some in asked_at)
+    assert len({p["row"] for some in asked_at[:2] for p in some[:2]}) >= 3      # nothing was known at first
+    assert whole.state["cursor"] == [{"general": 7, "domain": 7}]               # 2, and then one new a step
+    assert asked.keys() == {"general", "domain"} and all(score > 0 for score in asked["general"].values())
+    cut = start(**flags)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 4))
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(cut)
+    monkeypatch.undo()
+    again = start(**flags, out=cut.out, resume=True)
+    assert torch.equal(trained(again), end) and again.state["demand"] == asked
 
 
 def test_gap_selection_is_equation_6_to_9():
