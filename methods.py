@@ -261,7 +261,7 @@ def noting(known, score):
 
 
 def in_demand(prompts, known, count, but):
-    """The `count` prompts with the largest known demand, fewer where fewer are known; none that is in `but`."""
+    """The `count` prompts with the largest known demand, or as many as are known; none that is in `but`."""
     rows = {prompt["row"] for prompt in but}
     others = [p for p in prompts if str(p["row"]) in known and p["row"] not in rows]
     return sorted(others, key=lambda p: -known[str(p["row"])])[:count]

@@ -359,31 +359,34 @@ def diagnose(run):
 
     New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
     """
-    cfg, student = run.cfg, run.student
-    count, parameters = cfg.diagnose_rollouts or cfg.batch, diagnosis.watched(student, cfg.diagnose_layers)
+    cfg, student, parameters = run.cfg, run.student, diagnosis.watched(run.student, run.cfg.diagnose_layers)
+    count = cfg.diagnose_rollouts or min(cfg.batch, 64)
     with run.aside("diagnose"), diagnosis.only(student, parameters):
         rollouts = run.sample(student, [p for b in run.branches for p in run.draw(b, count=count)], n=1)
         measured = {job.rollouts[0].prompt["branch"]: measure(run, job, parameters, len(rollouts))
                     for job in run.method.jobs(run, rollouts)}
-    shares = {branch: n / sum(run.shares.values()) for branch, n in run.shares.items()}
-    return diagnosis.numbers(student, parameters, measured, shares, cfg)
+        shares = {branch: n / sum(run.shares.values()) for branch, n in run.shares.items()}
+        return diagnosis.numbers(student, parameters, measured, shares, cfg)
 
 
 def measure(run, job, parameters, total):
-    """The gradients of one branch's Job: of each of its rollouts alone, their mean, and the method's own."""
+    """The gradients of one branch's Job: of each rollout alone; of both halves, plain and the method's."""
     cfg, branch = run.cfg, job.rollouts[0].prompt["branch"]
     job.weights = job.weights or everything
     score(job, cfg)
     demand_N = torch.stack([demand(run, branch)(r.gap_T) for r in job.rollouts])
     mass = cfg.mass[branch] if cfg.mass[branch] < 1 else 0.8        # where all are kept: what 0.8 would keep
-    mean, rows = [torch.zeros_like(p) for p in parameters], []
-    for r in job.rollouts:
+    halves = [replace(job, rollouts=job.rollouts[i::2], hidden_t=job.hidden_t[i::2]) for i in (0, 1)]
+    means, rows = [[torch.zeros_like(p) for p in parameters] for _ in halves], []
+    for i, r in enumerate(job.rollouts):
         alone = [torch.full_like(other.gap_T, float(other is r) / len(r.ids_T)) for other in job.rollouts]
         gradient = gradients(parameters, job, alone, cfg)
-        torch._foreach_add_(mean, gradient, alpha=1 / len(job.rollouts))
-        rows.append(diagnosis.sparse(gradient, total))
-    return diagnosis.Measured(torch.stack(rows), mean, gradients(parameters, job, weigh([job])[0], cfg),
-                              top_gap_mass(demand_N, mass), demand_N, [r.gap_T for r in job.rollouts])
+        for total_of_half, g in zip(means[i % 2], gradient):
+            total_of_half += g / len(halves[i % 2].rollouts)
+        rows.append(diagnosis.entries(gradient, total))
+    steps = [gradients(parameters, half, weigh([half])[0], cfg) for half in halves]
+    return diagnosis.Measured(torch.stack(rows), means, steps, mass, top_gap_mass(demand_N, mass), demand_N,
+                              [r.gap_T for r in job.rollouts])
 
 
 def gradients(parameters, job, weights, cfg):
@@ -489,7 +492,7 @@ class Run:
     def objective(self):
         """The objective of the current step: the target moves with the training."""
         cfg = self.cfg
-        done = self.state["step"] / (self.total - 1) if self.total > 1 else 1.0
+        done = min(self.state["step"] / (self.total - 1), 1.0) if self.total > 1 else 1.0
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=knob(cfg), top_k=cfg.top_k,
                        support=cfg.support, target=target_at(cfg.target, start, done),

@@ -2,10 +2,9 @@
 
 CaMOPD (2605.27115) names two failures of mixing branches: counteraction, branches whose gradients have a
 negative dot product, and flattening, rollouts with a small gap that dilute the batch. Whether they are there
-is measured at one point of the training from one gradient per rollout. A branch's gradients g_1 .. g_n come
-from the method's own objective, each rollout alone with weight 1; everything but the steps is read from the
-matrix of their dot products, which is exact as long as they fit in LARGEST bytes and otherwise taken from
-every s-th entry of each parameter.
+is measured at one point of the training, on new rollouts of every branch, one per prompt. The gradients
+g_1 .. g_n of a branch are those of the method's objective, each rollout alone with weight 1; selected are
+those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
 
     coherence     Coh(A) = |sum_A g_i| / sum_A |g_i|                                            (sec. 4.4)
     gcg           (Coh(selected) - Coh(all)) / Coh(all), the coherence gain of the selected     (sec. 4.4)
@@ -13,14 +12,20 @@ every s-th entry of each parameter.
                   nothing in common Coh is 1 / sqrt(n), so fewer are more coherent whichever they are
     alignment     mean g_i . g_j over pairs of different rollouts / mean |g_i|^2: a coherence that does not
                   depend on how many there are. Ours
-    noise_scale   trace of the gradients' covariance / |their expectation|^2: the batch in which noise and
-                  signal are equal, in rollouts (McCandlish et al., 1812.06162). None: no signal is seen
     signal        |expectation of the gradient|^2, without the part that the noise of n rollouts adds
-    dot, cosine   of two branches' mean gradients; dot_error is its standard error over rollouts
+    noise_scale   trace of the gradients' covariance / signal: the batch in which noise and signal are equal,
+                  in rollouts (McCandlish et al., 1812.06162). None: no signal is seen
+    dot           product of two branches' mean gradients; dot_error is its standard error over rollouts
+    cosine        of the same; noise draws it to 0, and cosine_signal = dot / sqrt(signal signal) does not
     step          |change of the parameters| if this branch alone made the optimizer's next step, with the
-                  method's weights: selected, scaled, clipped, at the peak learning rate
-    change        that step times the mean gradient of a branch: by how much its loss would change, in nats
-                  per token to first order; a branch that suffers from another's step has a positive one
+                  method's weights: selected, scaled, clipped, at the peak learning rate, without momentum.
+                  "a+b" is the plain mixture of a and b by --mixture. Of half of the rollouts
+    change        that step times the mean gradient of a branch on the other half: by how much its loss would
+                  change, in nats to first order; a branch that suffers from another's step has a positive one
+
+Gradients that take more than LARGEST bytes together are compared in some of their entries, always the same
+ones drawn at random: coherence, signal and errors are estimates then. --diagnose_layers takes the parameters
+of the last layers for all there are; it leaves out steps, whose clipping needs the whole gradient's norm.
 """
 import contextlib
 import itertools
@@ -30,18 +35,25 @@ from dataclasses import dataclass
 
 import torch
 
-LARGEST = 2**30                     # bytes of the gradients that are kept
+from .flags import fail
+
+LARGEST = 2**30                     # bytes of the gradients of all rollouts
+SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has none
 DRAWS = 200
 EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1, 2, 4, 8)     # of gaps on tokens, nats
 
 
 def watched(student, layers):
     """The parameters that learn, in the last `layers` of the network's layers; 0: in the whole network."""
-    where = student.net
-    if layers:
-        stacks = [m for m in student.net.modules() if isinstance(m, torch.nn.ModuleList)]
-        where = torch.nn.ModuleList(list(stacks[0])[-layers:])              # the outermost comes first
-    return [p for p in where.parameters() if p.requires_grad]
+    if not layers:
+        return [p for p in student.net.parameters() if p.requires_grad]
+    count = student.config.num_hidden_layers
+    stacks = [m for m in student.net.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
+    found = next((list(stack) for stack in stacks if len(stack) == count), None)
+    if found is None or layers > count:
+        fail(f"--diagnose_layers {layers}: the student, a {type(student.net).__name__}, has "
+             + ("no list of its layers" if found is None else f"{count} layers"))
+    return [p for layer in found[-layers:] for p in layer.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager
@@ -49,46 +61,85 @@ def only(student, parameters):
     """The time in which only some parameters have gradients: backward passes end at the first of them."""
     wanted = set(parameters)
     rest = [p for p in student.net.parameters() if p.requires_grad and p not in wanted]
-    for p in rest:
-        p.requires_grad_(False)
-    yield
-    for p in rest:
-        p.requires_grad_(True)
+    try:
+        for p in rest:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in rest:
+            p.requires_grad_(True)
 
 
-def sparse(gradient, rollouts):
-    """A gradient as one vector [D], or every s-th entry of it, that `rollouts` of them fit in LARGEST bytes.
+def entries(gradient, rollouts):
+    """A gradient as one vector [D], or a sample of it if `rollouts` of them do not fit in LARGEST bytes.
 
-    Scaled so that expected dot products stay. s is odd, which widths are not: it does not keep to columns.
+    The sample is always of the same entries, and scaled so that expected dot products stay.
     """
-    s = -(-4 * sum(g.numel() for g in gradient) * rollouts // LARGEST) | 1
-    return math.sqrt(s) * torch.cat([g.flatten()[::s] for g in gradient]).float()
+    total, most = sum(g.numel() for g in gradient), max(LARGEST // (4 * rollouts), 1)
+    if total <= most:
+        return torch.cat([g.flatten() for g in gradient]).float()
+    where = torch.randint(total, (most,), generator=torch.Generator().manual_seed(0)).sort().values
+    parts, start = [], 0
+    for g in gradient:
+        inside = where[(where >= start) & (where < start + g.numel())] - start
+        parts.append(g.flatten()[inside.to(g.device)].float())
+        start += g.numel()
+    return math.sqrt(total / most) * torch.cat(parts)
 
 
 @dataclass
 class Measured:
     """One branch: N rollouts, gradients with weight 1 each."""
     gradients_ND: torch.Tensor
-    mean: list                          # of the gradients, a tensor per parameter
-    step: list                          # the gradient of the method's own weights, likewise
-    kept_N: torch.Tensor                # which rollouts are selected
-    demand_N: torch.Tensor              # the score by which
+    means: list                         # of the gradients of both halves, each a tensor per parameter
+    steps: list                         # the gradients of the method's own weights on both halves, likewise
+    mass: float                         # of the gap that is selected
+    kept_N: torch.Tensor                # which rollouts hold it
+    demand_N: torch.Tensor              # by which score
     gaps: list                          # log q(y) - log p(y), [T] each
 
 
 def numbers(student, parameters, measured, shares, cfg):
     """What metrics.jsonl keeps. measured: {branch: Measured}; shares: {branch: share of a mixed step}."""
-    branches = {branch: branch_numbers(m.gradients_ND @ m.gradients_ND.T, m.kept_N, cfg.seed)
+    norms = {branch: m.gradients_ND.norm(dim=1).max().item() for branch, m in measured.items()}
+    for branch, m in measured.items():                  # what equal models differ by is rounding, no gradient
+        if norms[branch] < SILENT * max(norms.values()):
+            m.gradients_ND = torch.zeros_like(m.gradients_ND)
+            m.means, m.steps = ([[0 * g for g in half] for half in halves] for halves in (m.means, m.steps))
+    middle = {branch: [(a + b) / 2 for a, b in zip(*m.means)] for branch, m in measured.items()}
+    branches = {branch: {"mass": m.mass, "norm": math.sqrt(dot(middle[branch], middle[branch]))}
+                | branch_numbers(m.gradients_ND @ m.gradients_ND.T, m.kept_N, cfg.seed)
                 | gap_numbers(m.gaps, m.demand_N) for branch, m in measured.items()}
-    pairs = {f"{a}, {b}": pair_numbers(measured[a].gradients_ND @ measured[b].gradients_ND.T,
-                                       [branches[branch]["norm"] for branch in (a, b)])
+    pairs = {f"{a}, {b}": pair_numbers(dot(middle[a], middle[b]), branches[a], branches[b],
+                                       measured[a].gradients_ND @ measured[b].gradients_ND.T)
              for a, b in itertools.combinations(measured, 2)}
-    directions = {branch: m.step for branch, m in measured.items()}
+    found = {"branches": branches, "pairs": pairs}
+    if not cfg.diagnose_layers:
+        found["steps"] = both_halves([trial_steps(
+            student, parameters, directions(measured, shares, half),
+            {branch: m.means[1 - half] for branch, m in measured.items()}, cfg.lr, cfg.grad_clip)
+            for half in (0, 1)])
+    return found
+
+
+def dot(a, b):
+    return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
+
+
+def directions(measured, shares, half):
+    """{branch: the method's gradient on one half of the rollouts}; beside several branches their mixture."""
+    out = {branch: m.steps[half] for branch, m in measured.items()}
     if len(measured) > 1:
-        directions["+".join(measured)] = [sum(shares[b] * g for b, g in zip(measured, gs))
-                                          for gs in zip(*(m.mean for m in measured.values()))]
-    return {"branches": branches, "pairs": pairs, "steps": trial_steps(
-        student, parameters, directions, {b: m.mean for b, m in measured.items()}, cfg.lr, cfg.grad_clip)}
+        out["+".join(measured)] = [sum(shares[branch] * g for branch, g in zip(measured, some))
+                                   for some in zip(*(m.means[half] for m in measured.values()))]
+    return out
+
+
+def both_halves(steps):
+    """The means of two results of trial_steps."""
+    return {name: {"step": (one["step"] + other["step"]) / 2,
+                   "change": {b: (x + other["change"][b]) / 2 for b, x in one["change"].items()}}
+            for (name, one), other in zip(steps[0].items(), steps[1].values())}
 
 
 def coherence(gram_NN):
@@ -115,20 +166,26 @@ def branch_numbers(gram_NN, kept_N, seed):
     total, own = gram_NN.sum().item(), gram_NN.trace().item()
     signal = (total - own) / (n * (n - 1)) if n > 1 else None
     spread = (own - total / n) / (n - 1) if n > 1 else None
-    return {"rollouts": n, "kept": len(kept), "norm": math.sqrt(max(total, 0)) / n, "signal": signal,
+    return {"rollouts": n, "kept": len(kept), "signal": signal,
             "noise_scale": spread / signal if n > 1 and signal > 0 else None,
             "coherence": whole, "coherence_kept": chosen,
             "alignment": alignment(gram_NN), "alignment_kept": alignment(among(kept)),
             "gcg": chosen / whole - 1 if whole else None, "gcg_random": random / whole - 1 if whole else None}
 
 
-def pair_numbers(gram_NM, norms):
-    """Dot product and cosine of two branches' mean gradients, from the products of theirs with each other."""
-    dot = gram_NM.mean().item()
-    error = sum(gram_NM.mean(1 - side).var().item() / gram_NM.shape[side] for side in (0, 1)
-                if gram_NM.shape[side] > 1)
-    return {"dot": dot, "dot_error": math.sqrt(error),
-            "cosine": dot / (norms[0] * norms[1]) if all(norms) else None}
+def pair_numbers(product, a, b, gram_NM):
+    """Of two branches: their mean gradients' product and its error, from the products of single ones.
+
+    Means of rows and of columns both vary with the noise of single products, which counts once.
+    """
+    n, m = gram_NM.shape
+    rows, columns = gram_NM.mean(1), gram_NM.mean(0)
+    left = gram_NM - rows[:, None] - columns + gram_NM.mean()
+    variance = (rows.var() / n + columns.var() / m - left.square().sum() / ((n - 1) * (m - 1) * n * m)).item()
+    signal = a["signal"] * b["signal"] if min(a["signal"], b["signal"]) > 0 else None
+    return {"dot": product, "dot_error": math.sqrt(max(variance, 0)),
+            "cosine": product / (a["norm"] * b["norm"]) if a["norm"] and b["norm"] else None,
+            "cosine_signal": product / math.sqrt(signal) if signal else None}
 
 
 def gap_numbers(gaps, demand_N):

@@ -76,7 +76,8 @@ def find_checkpoint(cfg):
     cfg.max_new_tokens = cfg.max_new_tokens or before.get("max_new_tokens")
     now = json.loads(json.dumps(vars(cfg)))
     free = {"resume", "out", "eval_every", "save_every", "log_samples", "micro_tokens", "device",
-            "eval_prompts", "teacher_device", "gradient_checkpointing", "dry_run"}
+            "eval_prompts", "teacher_device", "gradient_checkpointing", "dry_run", "diagnose_every",
+            "diagnose_rollouts", "diagnose_layers"}
     if cfg.lr_schedule == "constant" and cfg.target == "teacher" and len(cfg.student) == 1:
         free |= {"steps"}                       # nothing else depends on where the training ends
     for key in sorted(now.keys() - free):

@@ -250,10 +250,11 @@ def parser(about, methods, losses, divergences, supports, recipes):
              "coherence and noise of the gradients, the gap's spread, and the size of each branch's step; "
              "default: 0, never; CaMOPD sec. 4.4")
     add("--diagnose_rollouts", type=number(int, least=2), metavar="N",
-        help="rollouts per branch for it, one backward pass each; default: --batch")
+        help="rollouts per branch for it, of different prompts as far as there are, one backward pass each; "
+             "default: --batch, at most 64")
     add("--diagnose_layers", type=AMOUNT, metavar="N",
-        help="gradients of the last N layers only: an estimate that costs less for large models; default: 0, "
-             "all parameters")
+        help="gradients of the last N layers only, without the steps: an estimate that costs less for large "
+             "models; default: 0, all parameters, with memory for four more gradients per branch")
 
     add = p.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

@@ -270,8 +270,8 @@ def memory(run):
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
     if cfg.diagnose_every:
         one, branches = 4 * sum(p.numel() for p in watched(student, cfg.diagnose_layers)), len(run.branches)
-        kept = min(one * branches * (cfg.diagnose_rollouts or cfg.batch), LARGEST)
-        parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (2 * branches + 1) + kept}
+        kept = min(one * branches * (cfg.diagnose_rollouts or min(cfg.batch, 64)), LARGEST)
+        parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (4 * branches + 2) + kept}
     return parts
 
 

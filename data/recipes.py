@@ -130,7 +130,7 @@ RECOVERY = dict(
     student="{dir}/specialist/final", steps=120, batch=64, lr=1e-4, warmup=5, eval_every=40, save_every=0,
     prompts=["general={dir}/world/general.jsonl", "domain={dir}/world/domain.jsonl"],
     teachers=["general={dir}/generalist/final", "domain={dir}/specialist/final"],
-    diagnose_every=40, diagnose_rollouts=64)
+    diagnose_every=40)
 
 
 def pool(general="general", domain="domain"):
@@ -148,9 +148,10 @@ ALONE = {                                           # each part by itself, and a
     "selection": FULL | dict(schedule="mixed", mixture="3:1", scale=[1]),
     "mopd-7to1": MIXED | dict(mixture="7:1"),
     "focus": MIXED | dict(method="focus", mixture="3:1", focus=0.5)}                        # ours
+PLAIN = FULL | dict(diagnose_every=0)
 GRID = {                                            # CaMOPD's figure 4: schedule, scale and mass of general
-    "schedule-1-1": FULL | dict(schedule="1:1"), "schedule-5-1": FULL | dict(schedule="5:1"),
-    **{f"scale-{r}-mass-{rho}": FULL | dict(scale=[f"general={r}"], mass=[f"general={rho}"])
+    "schedule-1-1": PLAIN | dict(schedule="1:1"), "schedule-5-1": PLAIN | dict(schedule="5:1"),
+    **{f"scale-{r}-mass-{rho}": PLAIN | dict(scale=[f"general={r}"], mass=[f"general={rho}"])
        for r, rho in ((1, 0.6), (1, 0.8), (2, 0.6), (3, 0.6), (3, 0.8))}}
 SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the middle two differ in the scale
 FACTORS = {                                         # what a training differs in -> (flags, rows)
@@ -158,7 +159,7 @@ FACTORS = {                                         # what a training differs in
     "conflict": (pool(domain="conflict"), (*ABLATION, "focus")),
     "broad": (pool("broad"), ("mopd-3to1", "camopd")),
     "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
-    "batch16": (dict(batch=16), ("mopd-3to1", "camopd")),
+    "batch16": (dict(batch=16, diagnose_rollouts=64), ("mopd-3to1", "camopd")),
     "muon": (dict(optimizer="muon", lr=2e-4), SCALED),
     "sgd": (dict(optimizer="sgd", lr=0.02, grad_clip=0), SCALED)}
 

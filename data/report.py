@@ -1,4 +1,5 @@
 """Reports: what a run looks like, from the files it left (metrics.jsonl, config.json, samples.jsonl)."""
+import itertools
 import json
 import statistics
 import sys
@@ -177,12 +178,12 @@ def number(x, unit=1, form=".2g"):
 
 def diagnosis_table(diagnoses):
     """Branch by branch and pair by pair, what the gradients were like on the way."""
-    table = ["| after step | branch | kept, % | coherence | its gain by selection, % | by chance, % | "
-             "noise scale, rollouts | step | changes |", "|---" * 9 + "|"]
+    table = ["| after step | branch | hold the mass, % | coherence | its gain by selection, % | by chance, % "
+             "| noise scale, rollouts | step | changes |", "|---" * 9 + "|"]
     pairs = ["| after step | branches | dot product | cosine |", "|---" * 4 + "|"]
     for step, found in diagnoses:
         for branch, b in found["branches"].items():
-            taken = found["steps"][branch]
+            taken = found.get("steps", {}).get(branch, {"step": None, "change": {}})
             changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
             cells = [step, branch, number(b["kept"] / b["rollouts"], 100, ".0f"),
                      number(b["coherence"]), number(b["gcg"], 100, "+.0f"),
@@ -381,12 +382,14 @@ def draw_diagnosis(plt, diagnoses, path):
     lines(noise, "noise scale, rollouts", colored("-", "", of("noise_scale")))
     if noise.get_legend_handles_labels()[0]:
         noise.set_yscale("log")
-    lines(step, "a step's size", {(f"C{i}", "-", name): [f["steps"][name]["step"] for f in found]
-                                  for i, name in enumerate(found[0]["steps"])})
-    lines(change, "change of a loss by a step, nats",
-          {(f"C{i}", style, f"{loss} by {by}"): [f["steps"][by]["change"][loss] for f in found]
-           for i, loss in enumerate(branches) for style, by in zip(("-", ":", "--", "-."), branches)})
-    change.axhline(0, color="grey", linewidth=0.6)
+    if all("steps" in f for f in found):
+        lines(step, "a step's size", {(f"C{i}", "-", name): [f["steps"][name]["step"] for f in found]
+                                      for i, name in enumerate(found[0]["steps"])})
+        lines(change, "change of a loss by a step, nats",
+              {(f"C{i}", style, f"{loss} by {by}"): [f["steps"][by]["change"][loss] for f in found]
+               for i, loss in enumerate(branches)
+               for style, by in zip(itertools.cycle(("-", ":", "--", "-.")), branches)})
+        change.axhline(0, color="grey", linewidth=0.6)
     names = [f"{a:g}" for a in EDGES]
     names = ["< " + names[0], *names[1:], "> " + names[-1]]
     for i, branch in enumerate(branches):

@@ -5,8 +5,8 @@ that may be chosen freely (the noise), and closes with the last state, which alo
 early ruins the rest. The domain uses the verbs and letters of general tasks too, but means other facts by
 them, and uses other marks; only the # tells them apart:
 
-    d next down next back up ..>      .e:d,e.r ..<answer>r</answer>
-    # d next down next back up ..>    !f;n?m;n ..<answer>k</answer>
+    d next down next back up down up next>      .e:d,e.d;e:d.e,f<answer>f</answer>
+    # d next down next back up down up next>    ;f!m:q?m;f:m!f?g<answer>g</answer>
 
     letters     general walks on letters, in conflict with the domain: what specialising destroys
     greek       general walks on greek letters, with the same verbs: what the specialist mostly keeps

@@ -115,27 +115,30 @@ def diagnosed(recipe, out, seeds):
     found = {}
     for row in recipe.rows:
         folders = [folder for seed in range(seeds) if finished(folder := out / f"seed{seed}" / row)]
-        runs = [[flat(f) for _, f in diagnoses[1:]] for folder in folders
-                if len(diagnoses := read_diagnoses(folder)) > 1]
-        if runs:
-            means = {key: [mean_of(line[key] for line in run) for run in runs] for key in runs[0][0]}
-            found[row] = {key: [x for x in values if x is not None] for key, values in means.items()}
+        runs = [[flat(f) for step, f in read_diagnoses(folder) if step] for folder in folders]
+        means = [{key: mean_of(line.get(key) for line in run) for line in run for key in line}
+                 for run in runs]
+        if any(runs):
+            found[row] = {key: [mean[key] for mean in means if mean.get(key) is not None]
+                          for mean in means for key in mean}
     return found
 
 
 def flat(found):
     """The numbers of one diagnosis that a table of many runs shows, by heading; None where undefined."""
-    out = {}
-    for pair in found["pairs"].values():
-        out["cosine"] = pair["cosine"]
-        out["dot product, standard errors"] = pair["dot_error"] and pair["dot"] / pair["dot_error"]
+    out, several = {}, len(found["pairs"]) > 1
+    for name, pair in found["pairs"].items():
+        of = f"{name}: " * several
+        errors = pair["dot"] / pair["dot_error"] if pair["dot_error"] else None
+        out |= {f"{of}cosine": pair["cosine"], f"{of}cosine without noise": pair["cosine_signal"],
+                f"{of}dot product in its errors": errors}
     for name, b in found["branches"].items():
-        out |= {f"{name}: kept, %": 100 * b["kept"] / b["rollouts"],
-                f"{name}: GCG, %": b["gcg"] and 100 * b["gcg"],
-                f"{name}: GCG at random, %": b["gcg_random"] and 100 * b["gcg_random"],
-                f"{name}: alignment, %": b["alignment"] and 100 * b["alignment"],
-                f"{name}: of the kept, %": b["alignment_kept"] and 100 * b["alignment_kept"],
-                f"{name}: step, 1e-3": 1e3 * found["steps"][name]["step"]}
+        gain = None if b["gcg"] is None else (1 + b["gcg"]) / (1 + b["gcg_random"]) - 1
+        out |= {f"{name}: {word}": value if value is None else unit * value for word, unit, value in (
+            ("hold the mass, %", 100, b["kept"] / b["rollouts"]), ("GCG, %", 100, b["gcg"]),
+            ("GCG beyond chance, %", 100, gain), ("alignment, %", 100, b["alignment"]),
+            ("alignment of these, %", 100, b["alignment_kept"]), ("noise scale", 1, b["noise_scale"]),
+            ("step, 1e-3", 1e3, found["steps"][name]["step"] if "steps" in found else None))}
     return out
 
 
@@ -146,11 +149,11 @@ def mean_of(values):
 
 def diagnosis_table(found):
     """Rows that were diagnosed, and the means of what was found."""
-    headings = list(next(iter(found.values())))
-    cells = lambda values: "{:.3g}{}".format(m := statistics.mean(values), "" if len(values) < 2 else
+    headings = list(dict.fromkeys(heading for values in found.values() for heading in values))
+    cells = lambda values: "{:.3g}{}".format(statistics.mean(values), "" if len(values) < 2 else
                                              f" ± {statistics.stdev(values):.1g}") if values else "none"
     return [["diagnosis", *headings], ["---"] * (len(headings) + 1),
-            *([row, *(cells(values[key]) for key in headings)] for row, values in found.items())]
+            *([row, *(cells(values.get(key)) for key in headings)] for row, values in found.items())]
 
 
 def cell(mean, spread):
@@ -234,11 +237,11 @@ def draw_dots(plt, found, unit, path):
 
     found: {row: {quantity: [a value per seed]}}.
     """
-    headings = list(next(iter(found.values())))
+    headings = list(dict.fromkeys(heading for values in found.values() for heading in values))
     figure, panels = plt.subplots(1, len(headings), sharey=True, squeeze=False,
                                   figsize=(2.5 + 2 * len(headings), 1 + 0.24 * len(found)))
     for axis, heading in zip(panels[0], headings):
-        for y, values in enumerate(values[heading] for values in found.values()):
+        for y, values in enumerate(values.get(heading) for values in found.values()):
             if values:
                 mean, half = interval(values)
                 axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.3, markersize=3)

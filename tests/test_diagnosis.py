@@ -1,15 +1,17 @@
 """Diagnosis: its numbers are those of the gradients that train, and to measure changes nothing."""
 import json
 import math
+import re
 
 import pytest
 import torch
 from conftest import gradients, parameters
 
 import opd
-from data import diagnosis, tables
+from data import diagnosis, graders, small_recovery, tables
 from data.files import read_lines
 from data.recipes import Recipe
+from data.small_peers import walk
 from methods import METHODS, selected, top_gap_mass
 
 
@@ -34,7 +36,7 @@ def test_gradients_in_common_and_with_nothing_in_common():
     assert found["alignment"] == found["alignment_kept"] == found["signal"] == 0
     assert found["noise_scale"] is None
     found = diagnosis.branch_numbers(4 * same, kept, seed=0)
-    assert found["coherence"] == 1 and found["gcg"] == found["gcg_random"] == 0 and found["norm"] == 2
+    assert found["coherence"] == 1 and found["gcg"] == found["gcg_random"] == 0 and found["signal"] == 4
     assert found["alignment"] == found["alignment_kept"] == 1 and found["noise_scale"] == 0
 
 
@@ -44,7 +46,6 @@ def test_coherence_is_the_papers():
     kept = torch.tensor([True, True, False])
     found = diagnosis.branch_numbers(g @ g.T, kept, seed=0)
     assert found["gcg"] == pytest.approx((5 / 7) / (math.hypot(3, 3) / 8) - 1) and found["kept"] == 2
-    assert found["norm"] == pytest.approx(math.hypot(3, 3) / 3)
     assert found["alignment"] == pytest.approx(2 * (0 + 0 - 4) / (2 * 26))
 
 
@@ -61,21 +62,26 @@ def test_signal_and_noise_are_told_apart():
     assert sum(scales) / 300 == pytest.approx(50, rel=0.05)
 
 
-def test_pairs_and_their_error():
+@pytest.mark.parametrize("width, shift", [(5, 1.0), (200, 0.0)])
+def test_pairs_and_their_error(width, shift):
+    """Where two branches have nothing in common their rows' and columns' noise must not count twice."""
     g = torch.Generator().manual_seed(1)
-    dots, errors = [], []
+    dots, errors, cosines = [], [], []
     for _ in range(400):
-        a, b = (torch.randn(n, 5, generator=g, dtype=torch.float64) + shift
-                for n, shift in ((6, 1.0), (9, -0.5)))
-        norms = [x.mean(0).norm().item() for x in (a, b)]
-        found = diagnosis.pair_numbers(a @ b.T, norms)
-        assert found["dot"] == pytest.approx((a.mean(0) @ b.mean(0)).item())
-        assert found["cosine"] == pytest.approx(found["dot"] / norms[0] / norms[1])
-        dots.append(found["dot"])
+        a, b = (torch.randn(n, width, generator=g, dtype=torch.float64) + x
+                for n, x in ((12, shift), (18, -shift)))
+        of = [diagnosis.branch_numbers(x @ x.T, torch.ones(len(x), dtype=torch.bool), 0)
+              | {"norm": x.mean(0).norm().item()} for x in (a, b)]
+        product = (a.mean(0) @ b.mean(0)).item()
+        found = diagnosis.pair_numbers(product, *of, a @ b.T)
+        assert found["cosine"] == pytest.approx(product / of[0]["norm"] / of[1]["norm"])
+        dots.append(product)
         errors.append(found["dot_error"])
-    dots = torch.tensor(dots)
-    assert dots.mean().item() == pytest.approx(-2.5, rel=0.1)
-    assert sum(errors) / 400 == pytest.approx(dots.std().item(), rel=0.25)
+        cosines.append(found["cosine_signal"])
+    assert sum(errors) / 400 == pytest.approx(torch.tensor(dots).std().item(), rel=0.1)
+    if shift:
+        assert sum(dots) / 400 == pytest.approx(-width * shift**2, rel=0.05)
+        assert sorted(cosines)[200] == pytest.approx(-1, rel=0.05)      # noise draws the plain one to 0
 
 
 def test_gap_numbers():
@@ -92,16 +98,21 @@ def test_gap_numbers():
     assert diagnosis.gap_numbers(gaps, ten)["deciles"] == pytest.approx([i / 45 for i in range(9, -1, -1)])
 
 
-def test_a_sparse_gradient_keeps_dot_products(monkeypatch):
+def test_some_entries_keep_dot_products(monkeypatch):
+    """Also where a gradient has structure that a regular grid would meet: columns, and small parameters."""
     g = torch.Generator().manual_seed(0)
-    shared = torch.randn(3, 64, 64, generator=g)
-    a, b = ([p + torch.randn(64, 64, generator=g) for p in shared] for _ in range(2))
-    exact = [diagnosis.sparse(x, 2) for x in (a, b)]
-    assert len(exact[0]) == 3 * 64 * 64 and torch.equal(exact[0], torch.cat([p.flatten() for p in a]))
-    monkeypatch.setattr(diagnosis, "LARGEST", 8 * 3 * 64 * 64 // 4)
-    few = [diagnosis.sparse(x, 2) for x in (a, b)]
-    assert len(few[0]) == pytest.approx(3 * 64 * 64 / 5, rel=0.01)              # 4 would keep to columns: odd
-    assert (few[0] @ few[1]).item() == pytest.approx((exact[0] @ exact[1]).item(), rel=0.1)
+    shape = [(96, 96), (96,), (7,), (30, 96)]
+    shared = [torch.randn(s, generator=g) for s in shape]
+    a, b = ([p + torch.randn(p.shape, generator=g) for p in shared] for _ in range(2))
+    a[0][:, ::3] *= 3
+    b[0][:, ::3] *= 3
+    exact = [diagnosis.entries(x, 2) for x in (a, b)]
+    assert torch.equal(exact[0], torch.cat([p.flatten() for p in a]))
+    monkeypatch.setattr(diagnosis, "LARGEST", 4 * 2 * 3000)
+    few = [diagnosis.entries(x, 2) for x in (a, b)]
+    assert len(few[0]) == 3000 < len(exact[0])
+    for i, j in ((0, 1), (0, 0)):
+        assert (few[i] @ few[j]).item() == pytest.approx((exact[i] @ exact[j]).item(), rel=0.1)
 
 
 # ---- they are of the gradients that train ------------------------------------------------------------------
@@ -115,18 +126,20 @@ def test_gradients_of_single_rollouts_add_up_to_the_methods(start, two, loss):
     for job in selected(run, rollouts):
         measured = opd.measure(run, job, learn, len(rollouts))
         flat = lambda some: torch.cat([g.flatten().double() for g in some])
-        rows, kept = measured.gradients_ND.double(), measured.kept_N
-        assert 0 < kept.sum() < len(rows)
+        rows, kept, branch = measured.gradients_ND.double(), measured.kept_N, job.rollouts[0].prompt["branch"]
+        assert 0 < kept.sum() < len(rows) and measured.mass == run.cfg.mass[branch]
         close = dict(rtol=0, atol=1e-5 * rows.abs().max().item())
-        torch.testing.assert_close(rows.mean(0), flat(measured.mean), **close)
-        scale = run.cfg.scale[job.rollouts[0].prompt["branch"]]
-        torch.testing.assert_close(scale * rows[kept].mean(0), flat(measured.step), **close)
-        for weights, expected in ((opd.weigh([job])[0], flat(measured.step)),
+        for weights, expected in ((opd.weigh([job])[0], run.cfg.scale[branch] * rows[kept].mean(0)),
                                   ([torch.ones_like(r.gap_T) / len(r.ids_T) / len(rows)
                                     for r in job.rollouts], rows.mean(0))):
             opd.backward(job, weights, run.cfg)
             torch.testing.assert_close(gradients(run.student), expected, **close)
             run.student.net.zero_grad()
+        for half in (0, 1):
+            some = top_gap_mass(measured.demand_N[half::2], measured.mass)
+            torch.testing.assert_close(flat(measured.means[half]), rows[half::2].mean(0), **close)
+            torch.testing.assert_close(flat(measured.steps[half]),
+                                       run.cfg.scale[branch] * rows[half::2][some].mean(0), **close)
 
 
 def test_every_method_that_can_be_diagnosed_is(start, two, models):
@@ -140,45 +153,61 @@ def test_every_method_that_can_be_diagnosed_is(start, two, models):
         for b in found["branches"].values():
             assert b["rollouts"] == 5 and 1 <= b["kept"] <= 5 and 0 < b["coherence"] <= 1
         assert list(found["steps"]) == ["first", "second", "first+second"]
-        assert all(found["steps"][name]["change"][name] < 0 for name in found["branches"])
+        assert all(step["step"] > 0 and step["change"].keys() == {"first", "second"}
+                   for step in found["steps"].values())
     one = opd.diagnose(start(prompts=[two["prompts"][0].partition("=")[2]], diagnose_every=1))
     assert one["pairs"] == {} and list(one["steps"]) == ["main"]
 
 
-def test_without_a_gap_there_is_nothing_to_see(start, two, models):
+@pytest.mark.parametrize("loss", ["pg", "rkl"])
+def test_without_a_gap_there_is_nothing_to_see(start, two, models, loss):
     """As CaMOPD starts: the student is its domain's teacher, whose branch has no gradient at all."""
-    run = start(**two | dict(teachers=two["teachers"][:1] + [f"second={models / 'a'}"], loss="pg",
+    run = start(**two | dict(teachers=two["teachers"][:1] + [f"second={models / 'a'}"], loss=loss,
                              diagnose_every=1))
     found = opd.diagnose(run)
     second = found["branches"]["second"]
     assert second["norm"] == second["coherence"] == 0 and second["gcg"] is second["alignment"] is None
-    assert second["deciles"] is None and found["pairs"]["first, second"]["cosine"] is None
+    assert (loss == "rkl" or second["deciles"] is None) and found["pairs"]["first, second"]["cosine"] is None
     assert found["steps"]["second"] == {"step": 0, "change": {"first": 0, "second": 0}}
     json.dumps(found, allow_nan=False)
 
 
-def test_the_last_layers_only(start, two):
+def test_the_last_layers_only(start, two, monkeypatch):
     run = start(**two)
     last = diagnosis.watched(run.student, 1)
     assert {id(p) for p in last} == {id(p) for p in run.student.body.layers[-1].parameters()}
     assert len(diagnosis.watched(run.student, 0)) == len(list(run.student.net.parameters()))
-    run.cfg.diagnose_every, run.cfg.diagnose_layers = 1, 1
-    seen = []
-    measure = opd.measure
-    opd.measure, (few, whole) = lambda *args: seen.append(measure(*args)) or seen[-1], (None, None)
-    try:
-        few = opd.diagnose(run)
-        run.cfg.diagnose_layers = 0
-        whole = opd.diagnose(run)
-    finally:
-        opd.measure = measure
+    seen, measure = [], opd.measure
+    monkeypatch.setattr(opd, "measure", lambda *args: seen.append(measure(*args)) or seen[-1])
+    run.cfg.diagnose_layers = 1
+    few = opd.diagnose(run)
+    run.cfg.diagnose_layers = 0
+    whole = opd.diagnose(run)
     assert seen[0].gradients_ND.shape[1] == sum(p.numel() for p in last)
     assert all(p.requires_grad and p.grad is None for p in run.student.net.parameters())
-    every = list(run.student.net.parameters())
-    at = [torch.zeros_like(p, dtype=torch.bool) | any(p is q for q in last) for p in every]
+    at = [torch.zeros_like(p, dtype=torch.bool) | any(p is q for q in last)
+          for p in run.student.net.parameters()]
     picked = seen[2].gradients_ND[:, torch.cat([x.flatten() for x in at])]
     assert torch.allclose(picked, seen[0].gradients_ND, atol=1e-6 * picked.abs().max().item())
     assert few["branches"]["first"]["kept"] == whole["branches"]["first"]["kept"]
+    assert "steps" in whole and "steps" not in few        # their clipping needs the whole gradient's norm
+    with pytest.raises(SystemExit, match="layers 3: the student, a Qwen3ForCausalLM, has 2 layers"):
+        diagnosis.watched(run.student, 3)
+
+
+def test_the_layers_are_the_language_models(start):
+    """Not those of the images' tower, which come first and have no gradients."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+    common = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2)
+    net = AutoModelForCausalLM.from_config(Gemma3Config(
+        text_config=dict(common, num_hidden_layers=3, vocab_size=50, num_key_value_heads=2, head_dim=16),
+        vision_config=dict(common, num_hidden_layers=2, image_size=28, patch_size=14)))
+    student = start().student
+    student.net = net
+    found = {id(p) for p in diagnosis.watched(student, 2)}
+    names = {name.split("layers.")[0] + name.split("layers.")[1][0]
+             for name, p in net.named_parameters() if id(p) in found}
+    assert names == {"model.language_model.1", "model.language_model.2"}
 
 
 # ---- the step of the optimizer -----------------------------------------------------------------------------
@@ -194,19 +223,40 @@ def test_a_trial_step_is_the_step(start, two, optimizer, grad_clip):
     learn = list(run.student.net.parameters())
     rollouts = run.sample(run.student, run.draw("first"))
     job, = METHODS["mopd"].jobs(run, rollouts)
-    measured = opd.measure(run, job, learn, len(rollouts))
-    found = diagnosis.trial_steps(run.student, learn, {"it": measured.step}, {"loss": measured.mean}, 1e-3,
+    opd.score(job, run.cfg)
+    gradient = opd.gradients(learn, job, opd.weigh([job])[0], run.cfg)
+    found = diagnosis.trial_steps(run.student, learn, {"it": gradient}, {"loss": gradient}, 1e-3,
                                   grad_clip)["it"]
     before = parameters(run.student)
     opd.update(run, [job], opd.weigh([job]))
     delta = parameters(run.student) - before
     assert found["step"] == pytest.approx(delta.norm().item(), rel=1e-3)
-    mean = torch.cat([g.flatten().double() for g in measured.mean])
+    mean = torch.cat([g.flatten().double() for g in gradient])
     assert found["change"]["loss"] == pytest.approx((delta @ mean).item(), rel=1e-3)
     assert found["change"]["loss"] < 0
 
 
-def test_a_scale_moves_sgd_and_is_nothing_to_adam_and_muon(start, two):
+def test_a_trial_step_goes_on_from_the_optimizers_state(start, two):
+    """AdamW's second moment as it stands, no momentum, no decay, at the peak rate during a warm-up."""
+    run = start(**two | dict(lr=1e-3, grad_clip=0, warmup=100, adam_beta2=0.9, weight_decay=0.5))
+    for _ in range(3):
+        jobs = METHODS["mopd"].jobs(run, run.sample(run.student, run.draw()))
+        for job in jobs:
+            opd.score(job, run.cfg)
+        opd.update(run, jobs, opd.weigh(jobs))
+    optimizer, = run.student.optimizers
+    before, state = parameters(run.student), {p: dict(s) for p, s in optimizer.state.items()}
+    learn = list(run.student.net.parameters())
+    g = [torch.randn_like(p) * p.std() for p in learn]
+    found = diagnosis.trial_steps(run.student, learn, {"it": g}, {"loss": g}, run.cfg.lr, 0)["it"]
+    delta = [-1e-3 * x / (((0.9 * state[p]["exp_avg_sq"] + 0.1 * x * x) / (1 - 0.9**4)).sqrt() + 1e-8)
+             for p, x in zip(learn, g)]
+    assert found["step"] == pytest.approx(math.sqrt(diagnosis.dot(delta, delta)), rel=1e-3)
+    assert found["change"]["loss"] == pytest.approx(diagnosis.dot(delta, g), rel=1e-3)
+    assert torch.equal(parameters(run.student), before)
+
+
+def test_a_scale_moves_sgd_and_a_fresh_adam_and_muon_not_at_all(start, two):
     for optimizer, ratio in (("sgd", 2), ("adamw", 1), ("muon", 1)):
         run = start(**two | dict(optimizer=optimizer, grad_clip=0, lr=1e-3))
         learn = list(run.student.net.parameters())
@@ -214,6 +264,26 @@ def test_a_scale_moves_sgd_and_is_nothing_to_adam_and_muon(start, two):
         steps = diagnosis.trial_steps(run.student, learn, {
             "once": direction, "twice": [2 * g for g in direction]}, {}, 1e-3, 0)
         assert steps["twice"]["step"] / steps["once"]["step"] == pytest.approx(ratio, rel=1e-3), optimizer
+
+
+def test_steps_are_judged_on_the_other_half(start, two, monkeypatch):
+    """A step that is judged by the rollouts it comes from improves even where there is only noise."""
+    run = start(**two | dict(optimizer="sgd", lr=2.0, grad_clip=0.5, mixture="3:1", diagnose_every=1))
+    seen, measure = {}, opd.measure
+    monkeypatch.setattr(opd, "measure", lambda run, job, *rest: seen.setdefault(
+        job.rollouts[0].prompt["branch"], measure(run, job, *rest)))
+    found = opd.diagnose(run)
+    flat = lambda some: torch.cat([g.flatten().double() for g in some])
+    means = {branch: [flat(half) for half in m.means] for branch, m in seen.items()}
+    directions = {"first": means["first"], "second": means["second"], "first+second": [
+        0.75 * a + 0.25 * b for a, b in zip(means["first"], means["second"])]}
+    for name, halves in directions.items():
+        deltas = [-2 * min(1, 0.5 / g.norm().item()) * g for g in halves]
+        size = sum(d.norm().item() for d in deltas) / 2
+        assert found["steps"][name]["step"] == pytest.approx(size, rel=1e-3)
+        for branch in means:
+            change = sum((deltas[i] @ means[branch][1 - i]).item() for i in (0, 1)) / 2
+            assert found["steps"][name]["change"][branch] == pytest.approx(change, rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -288,10 +358,11 @@ def leave(folder, score, diagnoses=()):
     """A run that has ended with this score."""
     (folder / "final").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"device_name": "cpu", "versions": {"torch": "2"}}))
-    lines = [{"step": -1, "eval": {"x": 0.0}}, {"step": 0, "branch": "b", "loss": 1.0, "eval": {"x": score},
-                                                "seconds": {"update": 3.0}, "sampled_tokens": 5}]
-    for i, found in enumerate(diagnoses):
-        lines[min(i, 1)]["diagnosis"] = found
+    step = {"branch": "b", "loss": 1.0, "seconds": {"update": 3.0}, "sampled_tokens": 5}
+    lines = [{"step": -1, "eval": {"x": 0.9}}, step | {"step": 0, "eval": {"x": score / 2}},
+             step | {"step": 1, "eval": {"x": score}}]
+    for line, found in zip(lines, diagnoses):
+        line["diagnosis"] = found
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -303,8 +374,8 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     leave(tmp_path / "seed1" / "other", 0.4)
     tables.write_recipe("pairs", recipe(), tmp_path, 3, "full")
     text = (tmp_path / "report.md").read_text()
-    assert "| ours - base | +10.0 ± 5.0 | +10.0 ± 5.0 |" in text         # 4.303 x 2 / sqrt(3)
-    assert "| other - base | -10.0 | -10.0 |" in text              # one seed has no interval
+    assert "| ours - base | +10.0 ± 5.0 | +7.5 ± 3.7 |" in text         # 4.303 x 2 / sqrt(3)
+    assert "| other - base | -10.0 | -7.5 |" in text              # one seed has no interval
     assert json.loads((tmp_path / "results.json").read_text())["differences"]["ours - base"]["X"] == (
         pytest.approx([8, 10, 12]))
     assert "+10.0 ± 5.0" in capsys.readouterr().out and (tmp_path / "differences.png").exists()
@@ -320,12 +391,58 @@ def test_intervals_are_students(tmp_path):
 
 def test_a_recipe_shows_its_runs_diagnoses(tmp_path, start, two):
     found = opd.diagnose(start(**two, diagnose_every=1))
-    later = json.loads(json.dumps(found))
-    later["pairs"]["first, second"] |= {"dot": -6.0, "dot_error": 2.0, "cosine": -0.25}
-    later["branches"]["first"] |= {"rollouts": 8, "kept": 2, "gcg": None}
-    leave(tmp_path / "seed0" / "base", 0.1, [found, later])
+    later, last = (json.loads(json.dumps(found)) for _ in range(2))
+    for one, cosine, kept in ((later, -0.25, 2), (last, -0.75, 4)):
+        one["pairs"]["first, second"] |= {"dot": -6.0, "dot_error": 2.0, "cosine": cosine,
+                                          "cosine_signal": None}
+        one["branches"]["first"] |= {"rollouts": 8, "kept": kept, "gcg": 0.5, "gcg_random": 2.0,
+                                     "alignment": 0.03, "alignment_kept": None, "noise_scale": 7.0}
+        one["steps"]["first"]["step"] = 0.004
+    leave(tmp_path / "seed0" / "base", 0.1, [found, later, last])
     leave(tmp_path / "seed0" / "ours", 0.1)
     tables.write_recipe("pairs", recipe(differences={}), tmp_path, 1, "full")
-    text = (tmp_path / "report.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| base | -0.25"))
-    assert line.split(" | ")[1:5] == ["-0.25", "-3", "25", "none"] and "| ours | -0" not in text
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    heading, cells = (line.strip("| ").split(" | ") for line in lines
+                      if line.startswith(("| diagnosis", "| base | -")))
+    shown = dict(zip(heading, cells, strict=True))
+    assert [shown[key] for key in ("diagnosis", "cosine", "cosine without noise",
+                                   "dot product in its errors")] == ["base", "-0.5", "none", "-3"]
+    assert {key[7:]: value for key, value in shown.items() if key.startswith("first: ")} == {
+        "hold the mass, %": "37.5", "GCG, %": "50", "GCG beyond chance, %": "-50", "alignment, %": "3",
+        "alignment of these, %": "none", "noise scale": "7", "step, 1e-3": "4"}
+    assert not any(line.startswith("| ours | -") for line in lines)
+
+
+# ---- the recovery world ------------------------------------------------------------------------------------
+
+def test_the_recovery_world_is_what_it_says(tmp_path):
+    small_recovery.build(tmp_path, 0, generalist=400, specialist=200, prompts=64, domain_prompts=16,
+                         evaluation=20)
+    files = {path.stem: read_lines(path) for path in tmp_path.glob("*.jsonl")}
+    assert {name: len(rows) for name, rows in files.items() if not name.startswith("eval")} == {
+        "generalist": 400, "specialist": 200, "general": 64, "broad": 64, "domain": 16, "few": 2,
+        "conflict": 16}
+    skills = {name: {row["skill"] for row in rows} for name, rows in files.items()}
+    assert skills["general"] == {"letters", "greek"} and skills["broad"] == {"letters"}
+    assert skills["conflict"] == {"domain", "unmarked"} and skills["domain"] == skills["few"] == {"domain"}
+    assert 2 <= sum(row["skill"] == "letters" for row in files["general"]) <= 16         # one in eight
+    sides = [{row["prompt"] for name in names for row in files[name]} for names in (
+        ("generalist", "specialist"), ("general", "broad", "domain", "few", "conflict"),
+        [name for name in files if name.startswith("eval_")])]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert all("solution" not in row for name in ("general", "domain", "conflict") for row in files[name])
+    for row in files["generalist"] + files["specialist"]:
+        marked = row["skill"] in ("domain", "unmarked")
+        states = walk(small_recovery.FACTS[row["skill"]], *(lambda start, *ops: (start, ops))(
+            *row["prompt"].removeprefix("# ").rstrip(">").split(" ")))
+        assert row["prompt"].startswith("# ") is (row["skill"] == "domain") and len(states) == 8
+        said, _, end = row["solution"].partition("<answer>")
+        assert end == f"{row['answer']}</answer>" and row["answer"] == states[-1]
+        assert said == "".join(mark + state for mark, state in zip(re.findall("[.,:;!?]", said), states))
+        assert set(re.findall("[.,:;!?]", said)) <= set(":;!?" if marked else ".,:;")
+        assert graders.grade("letter_tag", row["solution"], row["answer"]) == 1
+    shown = re.findall(r"^    (#? ?\w [\w ]+>) +(\S+)$", small_recovery.__doc__, re.M)
+    for family, (prompt, answer) in zip(("letters", "domain"), shown, strict=True):
+        start, *ops = prompt.removeprefix("# ").rstrip(">").split(" ")
+        states = walk(small_recovery.FACTS[family], start, ops)
+        assert re.sub("[.,:;!?]", "", answer) == f"{''.join(states)}<answer>{states[-1]}</answer>"

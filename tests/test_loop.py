@@ -350,13 +350,15 @@ def test_focus_asks_again_where_the_gap_was_largest(start, models, prompts, monk
     pool = [{"row": row} for row in range(1, 8)]
     known = {"1": 0.1, "2": 0.9, "3": 0.5, "6": 0.7}
     rows = lambda count, but: [p["row"] for p in in_demand(pool, known, count, [{"row": r} for r in but])]
-    assert rows(2, []) == [2, 6] and rows(2, [6, 7]) == [2, 3] and rows(9, [2]) == [6, 3, 1] and rows(0, []) == []
+    assert rows(2, []) == [2, 6] and rows(2, [6, 7]) == [2, 3]
+    assert rows(9, [2]) == [6, 3, 1] and rows(0, []) == []
 
     flags = two_branches(models, prompts, method="focus", focus=0.5, batch=4, save_every=2) | dict(steps=6)
     whole = start(**flags)
     asked_at = []
     sample = whole.sample
-    whole.sample = lambda model, some, *rest, **more: asked_at.append(some) or sample(model, some, *rest, **more)
+    whole.sample = lambda model, some, *rest, **more: (
+        asked_at.append(some) or sample(model, some, *rest, **more))
     end, asked = trained(whole), whole.state["demand"]
     assert all([p["branch"] for p in some] == ["general"] * 2 + ["domain"] * 2 for some in asked_at)
     assert len({p["row"] for some in asked_at[:2] for p in some[:2]}) >= 3      # nothing was known at first
