@@ -161,7 +161,8 @@ FACTORS = {                                         # what a training differs in
     "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
     "batch16": (dict(batch=16, diagnose_rollouts=64), ("mopd-3to1", "camopd")),
     "muon": (dict(optimizer="muon", lr=2e-4), SCALED),
-    "sgd": (dict(optimizer="sgd", lr=0.02, grad_clip=0), SCALED)}
+    "sgd": (dict(optimizer="sgd", lr=0.02, grad_clip=0), SCALED),
+    **{f"sgd-{lr}": (dict(optimizer="sgd", lr=lr, grad_clip=0), ("mopd-3to1",)) for lr in (0.04, 0.08)}}
 
 RECIPES = {
     "small": Recipe(
@@ -293,7 +294,8 @@ RECIPES = {
             **{f"{row} - mopd-3to1": (row, "mopd-3to1") for row in ABLATION | ALONE | GRID
                if row != "mopd-3to1"},
             **{f"{row}-{factor} - mopd-3to1-{factor}": (f"{row}-{factor}", f"mopd-3to1-{factor}")
-               for factor, (_, rows) in FACTORS.items() for row in rows if row != "mopd-3to1"}},
+               for factor, (_, rows) in FACTORS.items() for row in rows if row != "mopd-3to1"},
+            **{f"camopd-sgd - mopd-3to1-sgd-{lr}": ("camopd-sgd", f"mopd-3to1-sgd-{lr}") for lr in (0.04, 0.08)}},
         columns=RECOVERY_SETS,
         axes={"domain accuracy, %": ("domain",), "letters accuracy, %": ("letters",)},
         references=("generalist", "specialist"),
