@@ -295,7 +295,8 @@ RECIPES = {
                if row != "mopd-3to1"},
             **{f"{row}-{factor} - mopd-3to1-{factor}": (f"{row}-{factor}", f"mopd-3to1-{factor}")
                for factor, (_, rows) in FACTORS.items() for row in rows if row != "mopd-3to1"},
-            **{f"camopd-sgd - mopd-3to1-sgd-{lr}": ("camopd-sgd", f"mopd-3to1-sgd-{lr}") for lr in (0.04, 0.08)}},
+            **{f"camopd-sgd - mopd-3to1-sgd-{lr}": ("camopd-sgd", f"mopd-3to1-sgd-{lr}")
+               for lr in (0.04, 0.08)}},
         columns=RECOVERY_SETS,
         axes={"domain accuracy, %": ("domain",), "letters accuracy, %": ("letters",)},
         references=("generalist", "specialist"),
