@@ -1,4 +1,5 @@
 """Diagnosis: its numbers are those of the gradients that train, and to measure changes nothing."""
+import itertools
 import json
 import math
 import re
@@ -47,6 +48,14 @@ def test_coherence_is_the_papers():
     found = diagnosis.branch_numbers(g @ g.T, kept, seed=0)
     assert found["gcg"] == pytest.approx((5 / 7) / (math.hypot(3, 3) / 8) - 1) and found["kept"] == 2
     assert found["alignment"] == pytest.approx(2 * (0 + 0 - 4) / (2 * 26))
+
+
+def test_chance_is_the_mean_over_all_choices():
+    g = torch.randn(6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gram = g @ g.T
+    every = [diagnosis.coherence(gram[some][:, some]) for some in map(list, itertools.combinations(range(6), 2))]
+    found = diagnosis.branch_numbers(gram, torch.arange(6) < 2, seed=0)
+    assert (1 + found["gcg_random"]) * found["coherence"] == pytest.approx(sum(every) / 15, rel=0.03)
 
 
 def test_signal_and_noise_are_told_apart():
