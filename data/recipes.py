@@ -157,7 +157,7 @@ SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the mi
 FACTORS = {                                         # what a training differs in -> (flags, rows)
     "pg": (dict(loss="pg", lr=3e-4), (*ABLATION, "focus")),
     "conflict": (pool(domain="conflict"), (*ABLATION, "focus")),
-    "broad": (pool("broad"), ("mopd-3to1", "camopd")),
+    "broad": (pool("broad"), ("mopd-3to1", "camopd", "focus")),
     "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
     "batch16": (dict(batch=16, diagnose_rollouts=64), ("mopd-3to1", "camopd")),
     "muon": (dict(optimizer="muon", lr=2e-4), SCALED),

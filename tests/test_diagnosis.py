@@ -53,7 +53,8 @@ def test_coherence_is_the_papers():
 def test_chance_is_the_mean_over_all_choices():
     g = torch.randn(6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gram = g @ g.T
-    every = [diagnosis.coherence(gram[some][:, some]) for some in map(list, itertools.combinations(range(6), 2))]
+    pairs = map(list, itertools.combinations(range(6), 2))
+    every = [diagnosis.coherence(gram[some][:, some]) for some in pairs]
     found = diagnosis.branch_numbers(gram, torch.arange(6) < 2, seed=0)
     assert (1 + found["gcg_random"]) * found["coherence"] == pytest.approx(sum(every) / 15, rel=0.03)
 
