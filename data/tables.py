@@ -214,9 +214,12 @@ def write_recipe(name, recipe, out, seeds, form):
     if plt := pyplot():
         (draw_students if recipe.table else draw_recipe)(plt, recipe, results, out / "curves.png")
         if compared:
-            draw_dots(plt, compared, "points", out / "differences.png")
+            shown = [recipe.columns[column] for sets in recipe.axes.values() for column in sets]
+            draw_dots(plt, compared, lambda heading: heading.split(", on the way")[0] in shown, "points",
+                      out / "differences.png")
         if examined:
-            draw_dots(plt, examined, "", out / "diagnosis.png")
+            draw_dots(plt, examined, lambda heading: heading.split(": ")[-1] in DRAWN, "",
+                      out / "diagnosis.png")
         print(*(f"  {out}/{picture}.png" for picture in pictures), end="", sep="")
     print()
 
@@ -232,14 +235,17 @@ def aligned(table):
                      for line in table if "---" not in line)
 
 
-def draw_dots(plt, found, unit, path):
+DRAWN = ("cosine", "GCG, %", "GCG beyond chance, %", "step, 1e-3")           # of what `flat` finds
+
+
+def draw_dots(plt, found, wanted, unit, path):
     """A panel per quantity, a line per row: every seed pale, the mean with its 95% interval strong.
 
-    found: {row: {quantity: [a value per seed]}}.
+    found: {row: {quantity: [a value per seed]}}. wanted: of a quantity, whether it has a panel.
     """
-    headings = list(dict.fromkeys(heading for values in found.values() for heading in values))
+    headings = list(dict.fromkeys(h for values in found.values() for h in values if wanted(h)))
     figure, panels = plt.subplots(1, len(headings), sharey=True, squeeze=False,
-                                  figsize=(2.5 + 2 * len(headings), 1 + 0.24 * len(found)))
+                                  figsize=(2.5 + 2 * len(headings), 1 + 0.2 * len(found)))
     for axis, heading in zip(panels[0], headings):
         for y, values in enumerate(values.get(heading) for values in found.values()):
             if values:
@@ -248,7 +254,7 @@ def draw_dots(plt, found, unit, path):
                 axis.errorbar(mean, y, xerr=half, fmt="o", color="C0", markersize=4, linewidth=1.5)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(xlabel=unit)
-        axis.set_title(heading, fontsize=7)
+        axis.set_title(heading, fontsize=8)
     panels[0][0].set_yticks(range(len(found)), list(found), fontsize=7)
     panels[0][0].invert_yaxis()
     figure.tight_layout()
