@@ -241,22 +241,24 @@ DRAWN = ("cosine", "GCG, %", "GCG beyond chance, %", "step, 1e-3")           # o
 def draw_dots(plt, found, wanted, unit, path):
     """A panel per quantity, a line per row: every seed pale, the mean with its 95% interval strong.
 
-    found: {row: {quantity: [a value per seed]}}. wanted: of a quantity, whether it has a panel.
+    found: {row: {quantity: [a value per seed]}}. wanted: of a quantity, whether it has a panel. Panels show
+    every seed; an interval of few seeds may be wider.
     """
     headings = list(dict.fromkeys(h for values in found.values() for h in values if wanted(h)))
     figure, panels = plt.subplots(1, len(headings), sharey=True, squeeze=False,
                                   figsize=(2.5 + 2 * len(headings), 1 + 0.2 * len(found)))
     for axis, heading in zip(panels[0], headings):
+        every = [0.0, *(value for values in found.values() for value in values.get(heading, []))]
+        margin = 0.1 * (max(every) - min(every) or 1)
         for y, values in enumerate(values.get(heading) for values in found.values()):
             if values:
                 mean, half = interval(values)
                 axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.3, markersize=3)
                 axis.errorbar(mean, y, xerr=half, fmt="o", color="C0", markersize=4, linewidth=1.5)
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(xlabel=unit)
+        axis.set(xlabel=unit, xlim=(min(every) - margin, max(every) + margin), ylim=(len(found) - 0.5, -0.5))
         axis.set_title(heading, fontsize=8)
     panels[0][0].set_yticks(range(len(found)), list(found), fontsize=7)
-    panels[0][0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
