@@ -10,7 +10,8 @@ of that step back:
             yield [Job(run.student, run.teacher, rollouts, run.objective)]
 
 What a method may use: run.student, run.teacher (the only one) or run.teachers[branch], run.objective,
-run.branches, run.cfg, run.state (JSON, survives a restart), run.steps, run.draw, run.sample, run.references;
+run.branches, run.shares, run.prompts[branch], run.cfg, run.state (JSON, survives a restart), run.steps,
+run.draw, run.sample, run.references;
 of a student that teaches itself run.self_teacher(student), run.templates, run.fits; of two students
 run.students, run.turn, run.write, run.validate, run.validation, run.aside; and run.notes for what it wants to
 see in this step's line of metrics.jsonl.
@@ -241,7 +242,7 @@ def focus(run):
     for step in run.steps():
         prompts = []
         for branch, count in run.shares.items():
-            again = round(run.cfg.focus * count)
+            again = min(round(run.cfg.focus * count), count - 1)            # a new one at least
             new = run.draw(branch, count=count - again)
             new += in_demand(run.prompts[branch], known[branch], again, new)
             prompts += new + run.draw(branch, count=count - len(new))       # as long as too few are known
@@ -253,16 +254,17 @@ def focus(run):
 
 
 def noting(known, score):
-    """Weights that keep every rollout of a Job, and on the way note its prompts' demand."""
+    """Weights that keep every rollout of a Job, and note its prompts' demand, the mean of their rollouts."""
     def weights(job):
-        known.update({str(r.prompt["row"]): score(r.gap_T).item() for r in job.rollouts})
+        for some in by_prompt(job.rollouts).values():
+            known[str(some[0].prompt["row"])] = sum(score(r.gap_T).item() for r in some) / len(some)
         return everything(job)
     return weights
 
 
-def in_demand(prompts, known, count, but):
-    """The `count` prompts with the largest known demand, or as many as are known; none that is in `but`."""
-    rows = {prompt["row"] for prompt in but}
+def in_demand(prompts, known, count, without):
+    """The `count` prompts with the largest known demand, or as many as are known, `without` some."""
+    rows = {prompt["row"] for prompt in without}
     others = [p for p in prompts if str(p["row"]) in known and p["row"] not in rows]
     return sorted(others, key=lambda p: -known[str(p["row"])])[:count]
 

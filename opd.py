@@ -360,7 +360,7 @@ def diagnose(run):
     New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
     """
     cfg, student, parameters = run.cfg, run.student, diagnosis.watched(run.student, run.cfg.diagnose_layers)
-    count = cfg.diagnose_rollouts or min(cfg.batch, 64)
+    count = cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))
     with run.aside("diagnose"), diagnosis.only(student, parameters):
         rollouts = run.sample(student, [p for b in run.branches for p in run.draw(b, count=count)], n=1)
         measured = {job.rollouts[0].prompt["branch"]: measure(run, job, parameters, len(rollouts))

@@ -1,4 +1,4 @@
-"""Models, prompts, graders, the diagnosis, the preflight, the small worlds, recipes and reports.
+"""Models, prompts, graders, the diagnosis, the preflight, the small worlds, recipes, reports and tables.
 
 Importing this package also keeps transformers away from our kernels/: transformers probes for a distribution
 called `kernels`, and where that one is installed it would import ours in its place. It is optional there, so

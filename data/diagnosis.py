@@ -2,14 +2,14 @@
 
 CaMOPD (2605.27115) names two failures of mixing branches: counteraction, branches whose gradients have a
 negative dot product, and flattening, rollouts with a small gap that dilute the batch. Whether they are there
-is measured at one point of the training, on new rollouts of every branch, one per prompt. The gradients
+is measured at one point of the training, on new rollouts of every branch's next prompts. The gradients
 g_1 .. g_n of a branch are those of the method's objective, each rollout alone with weight 1; selected are
 those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
 
     coherence     Coh(A) = |sum_A g_i| / sum_A |g_i|                                            (sec. 4.4)
     gcg           (Coh(selected) - Coh(all)) / Coh(all), the coherence gain of the selected     (sec. 4.4)
-    gcg_random    the same of as many rollouts taken at random, mean of DRAWS. Ours: of n gradients that have
-                  nothing in common Coh is 1 / sqrt(n), so fewer are more coherent whichever they are
+    gcg_random    the same of as many rollouts taken at random, mean of DRAWS. Ours: of n gradients of one
+                  length that have nothing in common Coh is 1 / sqrt(n), so fewer are more coherent anyway
     alignment     mean g_i . g_j over pairs of different rollouts / mean |g_i|^2: a coherence that does not
                   depend on how many there are. Ours
     signal        |expectation of the gradient|^2, without the part that the noise of n rollouts adds
@@ -24,8 +24,8 @@ those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
                   change, in nats to first order; a branch that suffers from another's step has a positive one
 
 Gradients that take more than LARGEST bytes together are compared in some of their entries, always the same
-ones drawn at random: coherence, signal and errors are estimates then. --diagnose_layers takes the parameters
-of the last layers for all there are; it leaves out steps, whose clipping needs the whole gradient's norm.
+ones drawn at random: coherence, signal and errors are estimates then. With --diagnose_layers only the last
+layers count, and steps are left out, since clipping needs the norm of the whole gradient.
 """
 import contextlib
 import itertools
@@ -38,7 +38,8 @@ import torch
 from .flags import fail
 
 LARGEST = 2**30                     # bytes of the gradients of all rollouts
-SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has none
+SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has only
+#                                     rounding, which in bfloat16 may be more
 DRAWS = 200
 EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1, 2, 4, 8)     # of gaps on tokens, nats
 
@@ -58,7 +59,7 @@ def watched(student, layers):
 
 @contextlib.contextmanager
 def only(student, parameters):
-    """The time in which only some parameters have gradients: backward passes end at the first of them."""
+    """The time in which only some parameters have gradients: backward passes stop where these begin."""
     wanted = set(parameters)
     rest = [p for p in student.net.parameters() if p.requires_grad and p not in wanted]
     try:
@@ -106,7 +107,9 @@ def numbers(student, parameters, measured, shares, cfg):
         if norms[branch] < SILENT * max(norms.values()):
             m.gradients_ND = torch.zeros_like(m.gradients_ND)
             m.means, m.steps = ([[0 * g for g in half] for half in halves] for halves in (m.means, m.steps))
-    middle = {branch: [(a + b) / 2 for a, b in zip(*m.means)] for branch, m in measured.items()}
+    first = {branch: (len(m.gradients_ND) + 1) // 2 / len(m.gradients_ND) for branch, m in measured.items()}
+    middle = {branch: [first[branch] * a + (1 - first[branch]) * b for a, b in zip(*m.means)]
+              for branch, m in measured.items()}
     branches = {branch: {"mass": m.mass, "norm": math.sqrt(dot(middle[branch], middle[branch]))}
                 | branch_numbers(m.gradients_ND @ m.gradients_ND.T, m.kept_N, cfg.seed)
                 | gap_numbers(m.gaps, m.demand_N) for branch, m in measured.items()}
@@ -176,7 +179,7 @@ def branch_numbers(gram_NN, kept_N, seed):
 def pair_numbers(product, a, b, gram_NM):
     """Of two branches: their mean gradients' product and its error, from the products of single ones.
 
-    Means of rows and of columns both vary with the noise of single products, which counts once.
+    The noise of single products is in the variance of both rows' and columns' means: it is subtracted once.
     """
     n, m = gram_NM.shape
     rows, columns = gram_NM.mean(1), gram_NM.mean(0)
@@ -208,11 +211,11 @@ def gap_numbers(gaps, demand_N):
 
 @torch.no_grad()
 def trial_steps(student, parameters, directions, gradients, lr, clip):
-    """{name: {"step", "change": {branch: x}}}: what the optimizers' next step would be, were it that alone.
+    """{name: {"step", "change": {branch: x}}}: the optimizers' next step if its gradient were that alone.
 
     directions: {name: a gradient per parameter}; gradients: {branch: likewise}, of the losses whose change is
-    asked for. Momentum and weight decay are left out: a gradient's share in this and all later steps counts,
-    and no share of the past. Nothing of student or optimizers changes.
+    asked for. Momentum and weight decay are left out: what counts is what this gradient adds now and later,
+    not what earlier ones left. Nothing of student or optimizers changes.
     """
     where = {p: (o, group) for o in student.optimizers for group in o.param_groups for p in group["params"]}
     size = dict.fromkeys(directions, 0.0)

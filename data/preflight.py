@@ -270,7 +270,7 @@ def memory(run):
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
     if cfg.diagnose_every:
         one, branches = 4 * sum(p.numel() for p in watched(student, cfg.diagnose_layers)), len(run.branches)
-        kept = min(one * branches * (cfg.diagnose_rollouts or min(cfg.batch, 64)), LARGEST)
+        kept = min(one * branches * (cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))), LARGEST)
         parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (4 * branches + 2) + kept}
     return parts
 

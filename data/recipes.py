@@ -2,7 +2,7 @@
 
 `python opd.py --recipe small --out runs/small --seeds 5` runs every row of every seed as its own call of
 opd.py on saved folders, skips what is finished, resumes what was interrupted, and writes OUT/results.json,
-report.md and curves.png.
+report.md and pictures.
 """
 import os
 import subprocess
@@ -133,7 +133,7 @@ RECOVERY = dict(
     diagnose_every=40)
 
 
-def pool(general="general", domain="domain"):
+def pools(general="general", domain="domain"):
     return dict(prompts=[f"general={{dir}}/world/{general}.jsonl", f"domain={{dir}}/world/{domain}.jsonl"])
 
 
@@ -143,7 +143,7 @@ ABLATION = {                                        # CaMOPD's table 3, and sele
     "mopd": MIXED, "mopd-3to1": MIXED | dict(mixture="3:1"),
     "no-selection": FULL | dict(mass=[1]), "no-alternation": FULL | dict(schedule="mixed", mixture="3:1"),
     "camopd": FULL}
-ALONE = {                                           # each part by itself, and a mixture with more of general
+ALONE = {       # each part by itself (what is selected is pooled, and moves the shares), and more of general
     "alternation": FULL | dict(mass=[1], scale=[1]),
     "selection": FULL | dict(schedule="mixed", mixture="3:1", scale=[1]),
     "mopd-7to1": MIXED | dict(mixture="7:1"),
@@ -156,9 +156,9 @@ GRID = {                                            # CaMOPD's figure 4: schedul
 SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the middle two differ in the scale
 FACTORS = {                                         # what a training differs in -> (flags, rows)
     "pg": (dict(loss="pg", lr=3e-4), (*ABLATION, "focus")),
-    "conflict": (pool(domain="conflict"), (*ABLATION, "focus")),
-    "broad": (pool("broad"), ("mopd-3to1", "camopd", "focus")),
-    "few": (pool(domain="few"), ("mopd-3to1", "camopd")),
+    "conflict": (pools(domain="conflict"), (*ABLATION, "focus")),
+    "broad": (pools("broad"), ("mopd-3to1", "camopd", "focus")),
+    "few": (pools(domain="few"), ("mopd-3to1", "camopd")),
     "batch16": (dict(batch=16, diagnose_rollouts=64), ("mopd-3to1", "camopd")),
     "muon": (dict(optimizer="muon", lr=2e-4), SCALED),
     "sgd": (dict(optimizer="sgd", lr=0.02, grad_clip=0), SCALED),
@@ -275,8 +275,9 @@ RECIPES = {
         about="When does CaMOPD help? Its ablation (table 3), its grid of schedule, scale and mass (figure "
               "4), and the ablation with other losses, prompts, batches and optimizers, in a world of long "
               "noisy completions whose proxy prompts the specialist mostly solves. Every row has 120 steps "
-              "of 64 rollouts, the reverse KL and AdamW unless its name says otherwise. Differences are "
-              "paired by seed, with 95% intervals by Student's t. Accuracy in %, greedy.",
+              "of 64 rollouts, the reverse KL and AdamW unless its name says otherwise (then with a learning "
+              "rate of its own). Differences are paired by seed, with 95% intervals by Student's t, of which "
+              "one in twenty misses by chance. Accuracy in %, greedy.",
         prepare=["data.small_recovery", "{dir}/world", "--seed", "{seed}"],
         common=dict(seed="{seed}", dtype="float32", max_new_tokens=24, sample_batch=512, micro_tokens=16384,
                     eval_prompts=[f"{name}={{dir}}/world/eval_{name}.jsonl" for name in RECOVERY_SETS]),
@@ -301,7 +302,7 @@ RECIPES = {
         axes={"domain accuracy, %": ("domain",), "letters accuracy, %": ("letters",)},
         references=("generalist", "specialist"),
         pictured=("generalist", "specialist", *ABLATION, *ALONE),
-        quick={"": dict(steps=8, eval_every=0, diagnose_every=4), "generalist": dict(steps=100),
+        quick={"": dict(steps=8, eval_every=0), "generalist": dict(steps=100),
                "specialist": dict(steps=20)}),
     "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),
     "opcod-chem-mat": opcod("chemistry", "material", rounds=2),

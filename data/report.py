@@ -60,7 +60,7 @@ def pyplot():
 
 
 def write_run(out):
-    """OUT/report.md and OUT/curves.png of one run."""
+    """OUT/report.md, OUT/curves.png and after --diagnose_every OUT/diagnosis.png of one run."""
     out = Path(out)
     config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
@@ -190,6 +190,10 @@ def diagnosis_table(diagnoses):
                      number(b["gcg_random"], 100, "+.0f"), number(b["noise_scale"], form=".0f"),
                      number(taken["step"]), changes]
             table.append("| " + " | ".join(map(str, cells)) + " |")
+        if (mixed := "+".join(found["branches"])) not in found["branches"] and "steps" in found:
+            taken = found["steps"][mixed]
+            changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
+            table.append(f"| {step} | {mixed} |  |  |  |  |  | {number(taken['step'])} | {changes} |")
         pairs += [f"| {step} | {pair} | {p['dot']:.2g} ± {p['dot_error']:.1g} | {number(p['cosine'])} |"
                   for pair, p in found["pairs"].items()]
     return [*table, "", *([*pairs, ""] if len(pairs) > 2 else []),

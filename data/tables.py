@@ -42,7 +42,9 @@ def together(runs):
     if len(runs) > 1:
         curve = [(0, {f"{i}/{name}": score for i, (_, evals) in enumerate(runs, 1)
                       for name, score in evals[-1][1].items()})]
-    return (curve, sum(sum(s["seconds"].values()) for steps, _ in runs for s in steps) / 60,
+    seconds = sum(x for steps, _ in runs for s in steps for part, x in s["seconds"].items()
+                  if part != "diagnose")
+    return (curve, seconds / 60,
             sum(steps[-1]["sampled_tokens"] for steps, _ in runs))
 
 
@@ -95,12 +97,13 @@ def differences(recipe, results):
             for title, both in pairs.items()}
 
 
-def difference_table(found):
+def difference_table(found, seeds):
     def points(values):
         if not values:
             return "not run"
         mean, half = interval(values)
-        return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+        few = f", {len(values)} of {seeds} seeds" * (len(values) < seeds)
+        return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}") + few
     headings = list(next(iter(found.values())))
     return [["difference", *headings], ["---"] * (len(headings) + 1),
             *([title, *(points(values[heading]) for heading in headings)]
@@ -130,15 +133,17 @@ def flat(found):
     for name, pair in found["pairs"].items():
         of = f"{name}: " * several
         errors = pair["dot"] / pair["dot_error"] if pair["dot_error"] else None
-        out |= {f"{of}cosine": pair["cosine"], f"{of}cosine without noise": pair["cosine_signal"],
-                f"{of}dot product in its errors": errors}
+        out |= {f"{of}cosine": pair["cosine"], f"{of}dot product in its errors": errors}
+    steps, mixed = found.get("steps", {}), "+".join(found["branches"])
     for name, b in found["branches"].items():
         gain = None if b["gcg"] is None else (1 + b["gcg"]) / (1 + b["gcg_random"]) - 1
         out |= {f"{name}: {word}": value if value is None else unit * value for word, unit, value in (
             ("hold the mass, %", 100, b["kept"] / b["rollouts"]), ("GCG, %", 100, b["gcg"]),
             ("GCG beyond chance, %", 100, gain), ("alignment, %", 100, b["alignment"]),
-            ("alignment of these, %", 100, b["alignment_kept"]), ("noise scale", 1, b["noise_scale"]),
-            ("step, 1e-3", 1e3, found["steps"][name]["step"] if "steps" in found else None))}
+            ("alignment of these, %", 100, b["alignment_kept"]),
+            ("step, 1e-3", 1e3, steps[name]["step"] if steps else None),
+            ("change by own step, 1e-3 nats", 1e3, steps[name]["change"][name] if steps else None),
+            ("by the mixture's", 1e3, steps[mixed]["change"][name] if steps else None))}
     return out
 
 
@@ -150,10 +155,15 @@ def mean_of(values):
 def diagnosis_table(found):
     """Rows that were diagnosed, and the means of what was found."""
     headings = list(dict.fromkeys(heading for values in found.values() for heading in values))
-    cells = lambda values: "{:.3g}{}".format(statistics.mean(values), "" if len(values) < 2 else
-                                             f" ± {statistics.stdev(values):.1g}") if values else "none"
+
+    def shown(values):
+        if not values:
+            return "none"
+        mean, half = interval(values)
+        return f"{mean:.3g}" + ("" if half is None else f" ± {half:.1g}")
+
     return [["diagnosis", *headings], ["---"] * (len(headings) + 1),
-            *([row, *(cells(values.get(key)) for key in headings)] for row, values in found.items())]
+            *([row, *(shown(values.get(key)) for key in headings)] for row, values in found.items())]
 
 
 def cell(mean, spread):
@@ -170,7 +180,7 @@ def over_seeds(values, spread=True):
 
 
 def write_recipe(name, recipe, out, seeds, form):
-    """results.json, report.md and curves.png of a recipe, its table on the screen."""
+    """results.json, report.md and pictures of a recipe, its tables on the screen."""
     results, columns = collect(recipe, out, seeds), table_columns(recipe)
     expected = recipe.expected.get(form, {})
     initial = next(iter(recipe.table), None)
@@ -203,7 +213,7 @@ def write_recipe(name, recipe, out, seeds, form):
         "recipe": name, "form": form, "seeds": seeds, "rows": record, "device": config["device_name"],
         "versions": config["versions"]} | ({"differences": compared} if compared else {})
         | ({"diagnosis": examined} if examined else {}), indent=1))
-    found = [table, *([difference_table(compared)] if compared else []),
+    found = [table, *([difference_table(compared, seeds)] if compared else []),
              *([diagnosis_table(examined)] if examined else [])]
     pictures = ["curves", *["differences"] * bool(compared), *["diagnosis"] * bool(examined)]
     (out / "report.md").write_text("\n\n".join([
@@ -242,7 +252,7 @@ def draw_dots(plt, found, wanted, unit, path):
     """A panel per quantity, a line per row: every seed pale, the mean with its 95% interval strong.
 
     found: {row: {quantity: [a value per seed]}}. wanted: of a quantity, whether it has a panel. Panels show
-    every seed; an interval of few seeds may be wider.
+    every seed; an interval of few seeds may reach beyond its panel.
     """
     headings = list(dict.fromkeys(h for values in found.values() for h in values if wanted(h)))
     figure, panels = plt.subplots(1, len(headings), sharey=True, squeeze=False,

@@ -385,7 +385,7 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     tables.write_recipe("pairs", recipe(), tmp_path, 3, "full")
     text = (tmp_path / "report.md").read_text()
     assert "| ours - base | +10.0 ± 5.0 | +7.5 ± 3.7 |" in text         # 4.303 x 2 / sqrt(3)
-    assert "| other - base | -10.0 | -7.5 |" in text              # one seed has no interval
+    assert "| other - base | -10.0, 1 of 3 seeds | -7.5, 1 of 3 seeds |" in text     # no interval
     assert json.loads((tmp_path / "results.json").read_text())["differences"]["ours - base"]["X"] == (
         pytest.approx([8, 10, 12]))
     assert "+10.0 ± 5.0" in capsys.readouterr().out and (tmp_path / "differences.png").exists()
@@ -407,7 +407,8 @@ def test_a_recipe_shows_its_runs_diagnoses(tmp_path, start, two):
                                           "cosine_signal": None}
         one["branches"]["first"] |= {"rollouts": 8, "kept": kept, "gcg": 0.5, "gcg_random": 2.0,
                                      "alignment": 0.03, "alignment_kept": None, "noise_scale": 7.0}
-        one["steps"]["first"]["step"] = 0.004
+        one["steps"]["first"] = {"step": 0.004, "change": {"first": -0.02, "second": 0}}
+        one["steps"]["first+second"]["change"]["first"] = 0.005
     leave(tmp_path / "seed0" / "base", 0.1, [found, later, last])
     leave(tmp_path / "seed0" / "ours", 0.1)
     tables.write_recipe("pairs", recipe(differences={}), tmp_path, 1, "full")
@@ -415,11 +416,12 @@ def test_a_recipe_shows_its_runs_diagnoses(tmp_path, start, two):
     heading, cells = (line.strip("| ").split(" | ") for line in lines
                       if line.startswith(("| diagnosis", "| base | -")))
     shown = dict(zip(heading, cells, strict=True))
-    assert [shown[key] for key in ("diagnosis", "cosine", "cosine without noise",
-                                   "dot product in its errors")] == ["base", "-0.5", "none", "-3"]
+    assert [shown[key] for key in ("diagnosis", "cosine", "dot product in its errors")] == [
+        "base", "-0.5", "-3"]
     assert {key[7:]: value for key, value in shown.items() if key.startswith("first: ")} == {
         "hold the mass, %": "37.5", "GCG, %": "50", "GCG beyond chance, %": "-50", "alignment, %": "3",
-        "alignment of these, %": "none", "noise scale": "7", "step, 1e-3": "4"}
+        "alignment of these, %": "none", "step, 1e-3": "4", "change by own step, 1e-3 nats": "-20",
+        "by the mixture's": "5"}
     assert not any(line.startswith("| ours | -") for line in lines)
 
 
