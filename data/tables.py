@@ -160,7 +160,7 @@ def diagnosis_table(found):
         if not values:
             return "none"
         mean, half = interval(values)
-        return f"{mean:.3g}" + ("" if half is None else f" ± {half:.1g}")
+        return f"{mean:.3g}" + ("" if half is None else f" ± {half:.2g}")
 
     return [["diagnosis", *headings], ["---"] * (len(headings) + 1),
             *([row, *(shown(values.get(key)) for key in headings)] for row, values in found.items())]
