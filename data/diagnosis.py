@@ -6,6 +6,7 @@ is measured at one point of the training, on new rollouts of every branch's next
 g_1 .. g_n of a branch are those of the method's objective, each rollout alone with weight 1; selected are
 those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
 
+    kept, norm    how many rollouts are selected; |mean of the gradients|
     coherence     Coh(A) = |sum_A g_i| / sum_A |g_i|                                            (sec. 4.4)
     gcg           (Coh(selected) - Coh(all)) / Coh(all), the coherence gain of the selected     (sec. 4.4)
     gcg_random    the same of as many rollouts taken at random, mean of DRAWS. Ours: of n gradients of one
