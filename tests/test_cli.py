@@ -30,6 +30,7 @@ def test_run_folder_is_complete_and_final_loads_anywhere(start, prompts):
     config = json.loads((run.out / "config.json").read_text())
     assert (config["seed"] == 0 and config["method"] == "opd"
             and config["versions"]["torch"] == torch.__version__)
+    assert run.cfg.device != "cpu" or torch.backends.cpu.get_cpu_capability() in config["device_name"]
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert ([line["step"] for line in lines] == [-1, 0, 1, 2]
             and all("words" in line["eval"] for line in lines))
