@@ -106,7 +106,7 @@ def write_config(cfg):
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "opd": commit or "unknown"}
     on_gpu, started = cfg.device.startswith("cuda"), time.strftime("%Y-%m-%d %H:%M:%S")
-    device = (torch.cuda.get_device_name(cfg.device) if on_gpu else       # what rounding depends on
+    device = (torch.cuda.get_device_name(cfg.device) if on_gpu else       # the instructions decide rounding
               f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     record = {**vars(cfg), "versions": versions, "device_name": device, "started": started}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
