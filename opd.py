@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import diagnosis, flags, models, preflight, recipes, report      # first: data/__init__.py
-from data.chat import encode_completion, encode_prompt, load_prompts, may_think, prompt_text
-from data.feedback import Templates, read_templates
+import config as flags
+import models
+from lab import diagnosis, preflight, recipes, report
+from data.prompts import encode_completion, encode_prompt, load_prompts, may_think, prompt_text
+from methods.feedback import Templates, read_templates
 from data.files import atomic_folder, find_checkpoint, read_lines, write_config, write_file
-from data.flags import fail
+from config import fail
 from data.graders import grade
 from kernels import linear_divergence, linear_logprob
 from losses import (DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup, policy_gradient_weight, target_at,
@@ -355,7 +357,7 @@ def solved(rollouts):
 # ---- diagnose ----------------------------------------------------------------------------------------------
 
 def diagnose(run):
-    """What the branches' gradients are like at the student's present parameters: data/diagnosis.py.
+    """What the branches' gradients are like at the student's present parameters: lab/diagnosis.py.
 
     New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
     """

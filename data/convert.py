@@ -1,4 +1,4 @@
-"""Converters from public sets to prompt rows (data/chat.py): `--prompts openai/gsm8k`, or by hand
+"""Converters from public sets to prompt rows (data/prompts.py): `--prompts openai/gsm8k`, or by hand
 
     python -m data.convert openai/gsm8k > gsm8k.jsonl                    from the hub (needs package datasets)
     python -m data.convert 'openai/gsm8k:test[:200]' > gsm8k.jsonl       another split, or a part of one
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import sciknoweval
 from .files import write_file
-from .flags import first_line
+from config import first_line
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 

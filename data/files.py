@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .flags import fail
+from config import fail
 
 
 def read_lines(path):

@@ -3,14 +3,14 @@
     python -m data.scratch OUT --text prompts.jsonl --vocab 8192 --hidden 512 --layers 8
 
 writes a Qwen3-architecture model with random weights and a byte-level BPE tokenizer trained on the prompts
-and solutions of prompt files (data/chat.py), with Qwen's special tokens, a ChatML template with a thinking
+and solutions of prompt files (data/prompts.py), with Qwen's special tokens, a ChatML template with a thinking
 switch, and a head of more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes another
 checkpoint's instead.
 """
 import argparse
 from pathlib import Path
 
-from .chat import load_prompts, messages
+from .prompts import load_prompts, messages
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "

@@ -105,7 +105,7 @@ def side(prompt):
 
 
 def draw(rng, branch, form, where=2, unknown=frozenset()):
-    """One row (data/chat.py) for a model without the facts in `unknown`: solved, read or criticised."""
+    """One row (data/prompts.py) for a model without the facts in `unknown`: solved, read or criticised."""
     symbols, facts = SYMBOLS[branch], FACTS[branch]
     if form == "read":
         facts = facts | {fact: rng.choice(symbols) for fact in sorted(unknown)}

@@ -47,7 +47,7 @@ MARKS = {"general": ".,:;", "domain": ":;!?"}
 
 
 def draw(rng, family, where=2):
-    """One row (data/chat.py) of a family, from the training, the pools' or the evaluation's side."""
+    """One row (data/prompts.py) of a family, from the training, the pools' or the evaluation's side."""
     facts = FACTS[family]
     symbols = sorted({symbol for symbol, _ in facts})
     while True:

@@ -127,7 +127,7 @@ def held_out(prompt):
 
 
 def draw(rng, branch, verb, evaluation):
-    """One prompt row (data/chat.py) of a skill, from the training or from the held-out side."""
+    """One prompt row (data/prompts.py) of a skill, from the training or from the held-out side."""
     while True:
         arguments, answer = (general if branch == "general" else domain)(rng, verb)
         prompt = f"{verb} {arguments}>"

@@ -16,7 +16,8 @@ from test_data import SHARED
 import losses
 import methods
 import opd
-from data import convert, recipes
+from data import convert
+from lab import recipes
 
 ROOT = Path(__file__).parent.parent
 

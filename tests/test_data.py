@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import convert, sciknoweval, small_world
-from data.chat import encode_completion, encode_prompt, load_prompts
+from data.prompts import encode_completion, encode_prompt, load_prompts
 from data.graders import FORMS, GRADERS, can_be_correct, complaint, grade
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -9,9 +9,10 @@ import torch
 from conftest import gradients, parameters
 
 import opd
-from data import diagnosis, graders, small_recovery, tables
+from data import graders, small_recovery
+from lab import diagnosis, tables
 from data.files import read_lines
-from data.recipes import Recipe
+from lab.recipes import Recipe
 from data.small_peers import walk
 from methods import METHODS, selected, top_gap_mass
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors,
+from methods.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors,
                            concept, read_templates, reprompt, shortened, specific, tutor_prompt,
                            without_answers, without_concept, without_thinking, words)
 
@@ -99,7 +99,7 @@ def test_revealed_letters_go_and_the_rest_stays(text, before, after):
 @pytest.mark.parametrize("what, pattern, example", REVEALING)
 def test_each_row_is_needed_and_its_example_vanishes(what, pattern, example, monkeypatch):
     assert without_answers(example) == ""
-    monkeypatch.setattr("data.feedback.REVEALING", [row for row in REVEALING if row[0] != what])
+    monkeypatch.setattr("methods.feedback.REVEALING", [row for row in REVEALING if row[0] != what])
     assert without_answers(example) == example
 
 

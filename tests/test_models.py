@@ -13,9 +13,10 @@ from test_loop import accumulate, double, rollouts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
-from data import models as loading
-from data import preflight, scratch, small_world
-from data.chat import encode_completion, encode_prompt, end_of_turn
+import models as loading
+from data import scratch, small_world
+from lab import preflight
+from data.prompts import encode_completion, encode_prompt, end_of_turn
 from data.files import read_lines
 from losses import Objective
 from methods import METHODS, Job, Rollout

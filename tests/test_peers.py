@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import methods
 import opd
 from data import convert, scratch
-from data import models as data_models
-from data.feedback import Templates, told
+import models as data_models
+from methods.feedback import Templates, told
 from data.files import read_lines
 from data.graders import complaint
 from methods import advantages, cognizance_gaps, demonstrations, self_taught

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import recipes, report, tables
+from lab import recipes, report, tables
 
 CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": "sdpo", "loss": "jsd",
           "device_name": "cpu",

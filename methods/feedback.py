@@ -16,7 +16,7 @@ import string
 import unicodedata
 from pathlib import Path
 
-from .chat import is_chat
+from data.prompts import is_chat
 
 OUTCOMES = ("kept", "fb_none", "no_concept_tag", "empty", "all_generic", "no_match")     # Table 3
 MOST_WORDS = 120                                                       # [ours] the prompt asks for 80

@@ -115,7 +115,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
         help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
     add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
-        help="JSON lines with prompt, optional answer, grader, solution (data/chat.py), or a public set as "
+        help="JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or a public set as "
              "openai/gsm8k (data/convert.py); one per branch. For camopd the first is the branch to recover, "
              "the others are preserved")
     add("--val_prompts", nargs="+", metavar="BRANCH=FILE",
@@ -183,7 +183,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--ema_rate", type=SHARE,
         help="share of the student that its average takes up per update; default: 0.05; SDPO 2601.20802")
     add("--templates", metavar="FILE",
-        help="JSON with the texts that self-teachers and tutors read; default: those of data/feedback.py")
+        help="JSON with the texts that self-teachers and tutors read; default: those of methods/feedback.py")
     add("--no_environment", action="store_true", default=None,
         help="sdpo: say nothing about answers that cannot be graded; OPCoD's baseline")
     add("--rounds", type=COUNT,
@@ -244,7 +244,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
     add("--eval_top_p", type=number(float, above=0, most=1), help="of sampled evaluation; default: --top_p")
 
-    add = p.add_argument_group("diagnosis: what the gradients are like (data/diagnosis.py)").add_argument
+    add = p.add_argument_group("diagnosis: what the gradients are like (lab/diagnosis.py)").add_argument
     add("--diagnose_every", type=AMOUNT, metavar="K",
         help="opd, mopd, camopd, focus: before the first step, after every K and the last, measure cosine, "
              "coherence and noise of the gradients, the gap's spread, and the size of each branch's step; "
@@ -267,7 +267,7 @@ def parser(about, methods, losses, divergences, supports, recipes):
     add("--save_every", type=AMOUNT, default=100, help="steps between checkpoints; 0 = at the end only")
     add("--log_samples", type=AMOUNT, default=2, help="rollouts per step and Job that samples.jsonl keeps")
 
-    add = p.add_argument_group("recipes: a whole table in one command (data/recipes.py)").add_argument
+    add = p.add_argument_group("recipes: a whole table in one command (lab/recipes.py)").add_argument
     add("--recipe", choices=recipes,
         help="run its rows, each a call of this program; run again, it continues")
     add("--seeds", type=COUNT, default=1,

@@ -20,14 +20,20 @@ from pathlib import Path
 
 import torch
 import transformers
+import transformers.utils.import_utils
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+# transformers looks for a distribution called `kernels`, and where one is installed it would import ours.
+for module in (transformers.utils, transformers.utils.import_utils):
+    module.is_kernels_available = lambda *args, **kwargs: False
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .chat import end_of_turn
-from .flags import fail, first_line
+from data.prompts import end_of_turn
+from config import fail, first_line
 
 
 @dataclass(eq=False)

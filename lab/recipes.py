@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import tables
-from .files import write_file
+from data.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 

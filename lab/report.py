@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from .diagnosis import EDGES
-from .files import read_lines
+from data.files import read_lines
 
 
 def step_line(run, s):
@@ -40,7 +40,7 @@ def read_metrics(out):
 
 
 def read_diagnoses(out):
-    """[(updates done, what data/diagnosis.py found)] of a run folder."""
+    """[(updates done, what lab/diagnosis.py found)] of a run folder."""
     return [(m["step"] + 1, m["diagnosis"]) for m in read_lines(Path(out) / "metrics.jsonl")
             if "diagnosis" in m]
 
@@ -197,7 +197,7 @@ def diagnosis_table(diagnoses):
         pairs += [f"| {step} | {pair} | {p['dot']:.2g} ± {p['dot_error']:.1g} | {number(p['cosine'])} |"
                   for pair, p in found["pairs"].items()]
     return [*table, "", *([*pairs, ""] if len(pairs) > 2 else []),
-            "What they mean: data/diagnosis.py. By chance: the gain of as many rollouts taken at random. "
+            "What they mean: lab/diagnosis.py. By chance: the gain of as many rollouts taken at random. "
             "Changes: of the branches' losses by that branch's step, in nats to first order."]
 
 

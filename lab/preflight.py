@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from kernels.chunked import CHUNK_BYTES
 
-from .chat import encode_completion, encode_prompt, may_think, reads_nothing
+from data.prompts import encode_completion, encode_prompt, may_think, reads_nothing
 from .diagnosis import LARGEST, watched
-from .feedback import reprompt, told, tutor_prompt
-from .flags import fail
-from .graders import can_be_correct, complaint
-from .models import averaged, fake_mode, positions, tensors
+from methods.feedback import reprompt, told, tutor_prompt
+from config import fail
+from data.graders import can_be_correct, complaint
+from models import averaged, fake_mode, positions, tensors
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # bytes of what cannot run on fake tensors

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from data.feedback import accept, last_question, reprompt, told, tutor_prompt
-from data.flags import fail
+from methods.feedback import accept, last_question, reprompt, told, tutor_prompt
+from config import fail
 from data.graders import complaint
 from losses import DIVERGENCES, Objective
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .flags import fail
+from config import fail
 
 LARGEST = 2**30                     # bytes of the gradients of all rollouts
 SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has only
