@@ -1,73 +1,58 @@
-"""The command line as a table: every flag with its unit, default and source, and what its text may be."""
+"""The settings of a run: every flag once, with its unit, default, source, range, and when it has an effect.
+
+    FLAGS             the general flags. A flag that is marked `of_methods` exists for the methods that name it
+    METHODS           (methods/) a method's own flags are the keyword arguments of its generator: the default
+                      and the type come from the signature, the help from its docstring
+    parse             the command line -> the settings, complete and checked, or one clear line
+    find_checkpoint   where --resume continues, if no setting has changed that would make another experiment
+
+Two rules follow from the tables and are written nowhere else: a flag that has no effect is refused, and
+--resume may change what is marked `resume` and nothing else.
+"""
 import argparse
+import difflib
 import json
 import math
+import platform
 import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from losses import DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup
 
-def fail(message):
-    """End the program with one line that says what is wrong and what would be right."""
-    raise SystemExit(f"opd.py: {message}")
+
+class Refused(ValueError):
+    """What a user gave cannot work. One line that says what is wrong and what would be right."""
 
 
 def first_line(error):
-    """What somebody else's exception says, short enough for `fail`."""
+    """Return the first line of an exception's message, or the exception's name."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def pairs(values, flag, default):
-    """["general=a", "domain=b"] -> {"general": "a", "domain": "b"}; a single bare value: {default: value}."""
-    out = {}
-    for value in values:
-        name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
-        if name and Path(value).exists():           # a path with = in it
-            name, found = None, value
-        if found.startswith("~"):                   # the shell leaves BRANCH=~/x alone
-            found = str(Path(found).expanduser())
-        if not found:
-            fail(f"{flag} {value!r} names nothing")
-        if name is None and len(values) > 1:
-            fail(f"several {flag} need names: BRANCH={value}")
-        if (name := name or default) in out:
-            fail(f"two {flag} are called {name}")
-        out[name] = found
-    return out
+def nearest(name, names):
+    """Return a hint at the closest of some names, and all of them."""
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}there are: {', '.join(names)}"
 
 
-def per_branch(values, branches, flag, default, most=math.inf):
-    """["general=2"] or ["0.8"] -> {branch: float}; branches that are not named keep their default."""
-    given = pairs(values, flag, "")
-    for name, value in given.items():
-        if name and name not in branches:
-            fail(f"{flag} names {name}, but the branches are: {', '.join(branches)}")
-        try:
-            given[name] = number(float, least=0, most=most)(value)
-        except ValueError:
-            fail(f"{flag} {value} is not a number")
-        except argparse.ArgumentTypeError as error:
-            fail(f"{flag} {error}")
-    return {branch: given.get(branch, given.get("", default(branch))) for branch in branches}
-
-
-def shares(flag, text, branches):
-    """Check "3:1": one positive whole number for each branch."""
-    counts = text.split(":")
-    if len(counts) != len(branches) or not all(n.isdecimal() and int(n) for n in counts):
-        example = ":".join(["3", "1", "1", "1", "1"][:len(branches)])
-        fail(f"{flag} {text} is not a positive whole number for each of the {len(branches)} branches "
-             f"({', '.join(branches)}), as in {example}")
-
+# ---- types: what the words of a flag may be ----------------------------------------------------------------
 
 def number(kind, least=None, above=None, most=math.inf):
-    """A type for argparse: an int or a finite float within bounds."""
+    """Make a type for a flag: an int or a finite float within bounds."""
     def parse(text):
         value = kind(text)
-        enough = value >= least if above is None else value > above
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        enough = value >= least if above is None else value > above
         if not (enough and value <= most):
             low = f"at least {least}" if above is None else f"above {above}"
             high = f" and at most {most}" if most < math.inf else ""
@@ -77,237 +62,544 @@ def number(kind, least=None, above=None, most=math.inf):
     return parse
 
 
+COUNT, AMOUNT, FINITE = number(int, least=1), number(int, least=0), number(float, above=-math.inf)
+SEVERAL = number(int, least=2)
+POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+PROBABILITY = number(float, above=0, most=1)
+
+
+class OneOf:
+    """A type for a flag: one of some names."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __call__(self, text):
+        if text not in self.names:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {nearest(text, self.names)}")
+        return text
+
+
+class PerBranch:
+    """A type for a flag: one number for all branches ("0.8"), or numbers by name ("general=2 domain=1").
+
+    The default is a number, or a pair: the first branch's number and the others'.
+    """
+
+    def __init__(self, most=math.inf):
+        self.number = number(float, least=0, most=most)
+
+    def complete(self, value, default, branches, flag):
+        """Return {branch: number} for every branch."""
+        first, others = default if isinstance(default, tuple) else (default, default)
+        numbers = dict.fromkeys(branches, others) | {branches[0]: first}
+        given = value if isinstance(value, list) else []
+        for name, text in pairs(given, flag, "").items():
+            if name and name not in branches:
+                raise Refused(f"{flag} names {name}, but the branches are: {', '.join(branches)}")
+            try:
+                found = self.number(text)
+            except ValueError:
+                raise Refused(f"{flag} {text} is not a number") from None
+            except argparse.ArgumentTypeError as error:
+                raise Refused(f"{flag} {error}") from None
+            numbers |= {name: found} if name else dict.fromkeys(branches, found)
+        return numbers
+
+
+class Ratio:
+    """A type for a flag: a whole number per branch, as in "3:1", or one of some words.
+
+    The default is given for two branches; further ones get 1 each.
+    """
+
+    def __init__(self, *words):
+        self.words = words
+
+    def complete(self, value, default, branches, flag):
+        """Return the text, one positive whole number for each branch."""
+        if value is None or value in self.words:
+            return value
+        if value == default:
+            return ":".join([*value.split(":"), *"1" * len(branches)][:len(branches)])
+        counts = value.split(":")
+        if len(counts) != len(branches) or not all(n.isdecimal() and int(n) for n in counts):
+            example = ":".join(["3", "1", "1", "1", "1"][:len(branches)])
+            raise Refused(f"{flag} {value} is not a positive whole number for each of the {len(branches)} "
+                          f"branches ({', '.join(branches)}), as in {example}")
+        return value
+
+
+def pairs(values, flag, default):
+    """Return {"general": "a", "domain": "b"} for ["general=a", "domain=b"]; {default: a} for a bare ["a"]."""
+    out = {}
+    for value in values:
+        name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
+        if name and Path(value).exists():                   # a path that has = in it
+            name, found = None, value
+        if not found:
+            raise Refused(f"{flag} {value!r} names nothing")
+        if name is None and len(values) > 1:
+            raise Refused(f"several {flag} need names: BRANCH={value}")
+        name = name or default
+        if name in out:
+            raise Refused(f"two {flag} are called {name}")
+        out[name] = home(found)
+    return out
+
+
+def home(path):
+    """Return the path with ~ expanded: the shell leaves BRANCH=~/x alone."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 def json_object(text):
+    """A type for a flag: options of the chat template as a JSON object."""
     value = json.loads(text)
     if not isinstance(value, dict) or "tokenize" in value:
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object with options of the chat template")
     return value
 
 
-COUNT, AMOUNT, FINITE = number(int, least=1), number(int, least=0), number(float, above=-math.inf)
-POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+# ---- the general flags -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting of the program."""
+    default: object
+    about: str                      # unit, meaning and source
+    type: Callable = str            # bool: a switch without a value
+    words: str | int | None = None  # "+": one or several words; a number: exactly so many
+    shown: str | None = None        # the placeholder in --help
+    only: tuple | None = None       # (settings -> whether the flag has an effect, the condition in words)
+    resume: bool | Callable = False  # whether --resume may change it: always, or (settings -> bool)
+    of_methods: bool = False        # exists only for methods that have a default for it
+    basic: bool = False             # shown by --help; --help all shows every flag
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the defaults that say something."""
+def knob_flags():
+    """Return a flag for every knob of a divergence, under the knob's own name."""
+    flags = {}
+    for knob in dict.fromkeys(d.knob for d in DIVERGENCES.values() if d.knob):
+        names = [name for name, d in DIVERGENCES.items() if d.knob == knob]
+        first, pair = DIVERGENCES[names[0]], isinstance(DIVERGENCES[names[0]].default, tuple)
+        flags[knob] = Flag(list(first.default) if pair else first.default,
+                           f"{' and '.join(names)}: {first.about}", FINITE, words=2 if pair else None,
+                           only=(lambda c, names=names: c.loss in names, f"--loss {' or '.join(names)}"))
+    return flags
 
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False, [], {}) else super()._get_help_string(action)
 
+def has_divergence(c):
+    return c.loss in DIVERGENCES
+
+
+SAMPLED_EVALUATION = (lambda c: c.eval_temperature > 0, "an --eval_temperature above 0: greedy completions "
+                      "are all the same")
+DIAGNOSED = (lambda c: c.diagnose_every, "--diagnose_every")
+
+FLAGS = {
+    "what": {
+        "student": Flag([], "the model that learns: a folder or hub id, as from_pretrained takes it; opcod has "
+                        "two, the first stronger in the first branch of prompts, the second in the second",
+                        words="+", shown="PATH", basic=True),
+        "teachers": Flag([], "frozen models with the student's tokenizer; one for all prompts, or one per "
+                         "branch", words="+", shown="[BRANCH=]PATH", basic=True),
+        "prompts": Flag([], "JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or a "
+                        "public set as openai/gsm8k (data/convert.py); one per branch. For camopd the first "
+                        "is the branch to recover, the others are preserved", words="+",
+                        shown="[BRANCH=]FILE", basic=True),
+        "val_prompts": Flag([], "prompts with answers for the gate, one file per branch, neither trained nor "
+                            "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True),
+        "eval_prompts": Flag([], "prompts with answers, never trained on; a public set may name a split, as "
+                             "'openai/gsm8k:test[:200]'", words="+", shown="[NAME=]FILE", resume=True,
+                             basic=True),
+        "method": Flag(None, "one of methods/; default: opd with one teacher, mopd with several, sft with "
+                       "none", basic=True),
+        "out": Flag(None, "the run's folder; default: runs/METHOD-LOSS-seedN", shown="DIR", resume=True,
+                    basic=True),
+        "resume": Flag(False, "continue the run in --out from its last checkpoint", bool, resume=True,
+                       basic=True),
+        "dry_run": Flag(False, "read configs, tokenizers and prompts only, say what the run would do and "
+                        "need, write nothing; with --device cuda for a GPU that is not here", bool,
+                        resume=True, basic=True)},
+    "objective (losses.py)": {
+        "loss": Flag(None, "a divergence, pg (sampled-token policy gradient) or nll; default: the method's",
+                     OneOf(*LOSSES), basic=True),
+        **knob_flags(),
+        "target": Flag("teacher", "what the divergence compares with: the teacher; veto, q p^beta "
+                       "renormalised, with beta falling to 0 (2601.07155); taid, a mixture of both models' "
+                       "logits (2501.16937)", OneOf("teacher", "veto", "taid"),
+                       only=(has_divergence, "a divergence as --loss")),
+        "veto_beta": Flag(0.8, "veto: beta at the first step, 0 at the last", NOT_NEGATIVE,
+                          only=(lambda c: c.target == "veto", "--target veto")),
+        "taid_start": Flag(0.4, "taid: the teacher's share at the first step, 1 at the last", SHARE,
+                           only=(lambda c: c.target == "taid", "--target taid")),
+        "support": Flag("full", "which entries count: all, or the --top_k largest of student or teacher; what "
+                        "becomes of the others: raw and sg nothing (sg without the gradient of the kept "
+                        "mass), renorm they have no probability, tail they are one more entry; 2605.11182",
+                        OneOf(*SUPPORTS), only=(has_divergence, "a divergence as --loss")),
+        "top_k": Flag(None, "entries of a --support", COUNT,
+                      only=(lambda c: c.support != "full", "a --support other than full")),
+        "loss_temperature": Flag(1.0, "divides both models' logits in the loss", POSITIVE),
+        "importance_cap": Flag(None, "every token's weight is multiplied by min(p_train / p_sampler, C); "
+                               "0 = it is not; OPCoD 2606.14368, table 4", NOT_NEGATIVE, shown="C",
+                               of_methods=True),
+        "importance": Flag([0.5, 2.0], "pg: tokens whose p_train / p_sampler is outside have weight 0; "
+                           "Nemotron-Cascade 2, 2603.19220", NOT_NEGATIVE, words=2, shown=("LOW", "HIGH"),
+                           only=(lambda c: c.loss == "pg", "--loss pg"))},
+    "several branches, self-teachers": {
+        "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(), shown="N:M"),
+        "self_teacher": Flag(None, "the student as its own teacher: its moving average (ema), as it started "
+                             "(frozen), as it is (live), or a copy that the method renews (snapshot)",
+                             OneOf("ema", "frozen", "live", "snapshot"), of_methods=True),
+        "ema_rate": Flag(0.05, "share of the student that its average takes up per update; SDPO 2601.20802",
+                         SHARE, of_methods=True, only=(lambda c: c.self_teacher == "ema",
+                                                       "--self_teacher ema")),
+        "templates": Flag(None, "JSON with the texts that self-teachers and tutors read; default: those of "
+                          "methods/feedback.py", shown="FILE", of_methods=True)},
+    "optimisation": {
+        "steps": Flag(100, "optimizer steps of each student", COUNT, basic=True,
+                      # nothing else depends on where the training ends
+                      resume=lambda c: (c.lr_schedule == "constant" and c.target == "teacher"
+                                        and len(c.student) == 1)),
+        "batch": Flag(32, "prompts per step", COUNT, basic=True),
+        "rollouts": Flag(1, "completions per prompt that the student samples", COUNT, of_methods=True),
+        "lr": Flag(None, "peak learning rate; default: 1e-5, with --lora_rank 1e-4", POSITIVE, basic=True),
+        "lr_schedule": Flag("constant", "after the warm-up: constant, linear, cosine",
+                            OneOf("constant", "linear", "cosine")),
+        "warmup": Flag(0, "steps of linear warm-up", AMOUNT),
+        "optimizer": Flag("adamw", "adamw, sgd, or muon: hidden matrices by Muon, scaled to AdamW's step "
+                          "size, the rest by AdamW", OneOf("adamw", "muon", "sgd")),
+        "adam_beta2": Flag(0.95, "AdamW's second beta (the first is 0.9)", SHARE),
+        "weight_decay": Flag(0.01, "on matrices; norms and biases do not decay", NOT_NEGATIVE),
+        "grad_clip": Flag(1.0, "largest gradient norm; 0 = no clipping", NOT_NEGATIVE),
+        "micro_tokens": Flag(4096, "tokens per forward pass with padding: memory, not results", COUNT,
+                             resume=True),
+        "gradient_checkpointing": Flag(False, "compute every layer again in the backward pass: less memory "
+                                       "for one more forward pass", bool, resume=True),
+        "lora_rank": Flag(0, "train a LoRA adapter of this rank on all linear layers (not on experts that are "
+                          "one tensor) instead of the weights, which then are kept in --dtype; needs peft; "
+                          "0 = no adapter", AMOUNT, basic=True),
+        "lora_alpha": Flag(32.0, "LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA "
+                           "Without Regret'", POSITIVE, only=(lambda c: c.lora_rank, "--lora_rank"))},
+    "sampling and evaluation": {
+        "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", POSITIVE),
+        "top_p": Flag(1.0, "of the rollouts; likewise", PROBABILITY),
+        "max_new_tokens": Flag(None, "longest completion, in tokens; default: 512, or 2048 where the chat "
+                               "template lets the student think", COUNT, basic=True),
+        "sample_batch": Flag(64, "completions generated at a time", COUNT),
+        "chat_template_kwargs": Flag({}, "passed to the chat template, e.g. '{\"enable_thinking\": false}'",
+                                     json_object, shown="JSON"),
+        "eval_every": Flag(0, "steps, of both students together, between evaluations; 0 = before and after "
+                           "training only", AMOUNT, resume=True),
+        "eval_rollouts": Flag(1, "completions per evaluation prompt; the score is their mean", COUNT,
+                              only=SAMPLED_EVALUATION),
+        "gate_rollouts": Flag(16, "completions per validation prompt of the gate, as in evaluation", COUNT,
+                              of_methods=True, only=SAMPLED_EVALUATION),
+        "eval_temperature": Flag(0.0, "0 = greedy", NOT_NEGATIVE),
+        "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY)},
+    "diagnosis: what the gradients are like (lab/diagnosis.py)": {
+        "diagnose_every": Flag(0, "before the first step, after every K and the last, measure cosine, coherence "
+                               "and noise of the gradients, the gap's spread, and the size of each branch's "
+                               "step; 0 = never; CaMOPD sec. 4.4", AMOUNT, shown="K", resume=True,
+                               of_methods=True),
+        "diagnose_rollouts": Flag(None, "rollouts per branch for it, of different prompts as far as there are, "
+                                  "one backward pass each; default: --batch, at most 64", SEVERAL, shown="N",
+                                  resume=True, of_methods=True, only=DIAGNOSED),
+        "diagnose_layers": Flag(0, "gradients of the last N layers only, without the steps: an estimate that "
+                                "costs less for large models; 0 = all parameters, with memory for four more "
+                                "gradients per branch", AMOUNT, shown="N", resume=True, of_methods=True,
+                                only=DIAGNOSED)},
+    "the machine": {
+        "device": Flag(None, "cuda or cpu; default: cuda where there is one", resume=True, basic=True),
+        "teacher_device": Flag(None, "cpu: teachers compute there, slowly; swap: they wait in main memory and "
+                               "are on the GPU only while they score or write; default: as --device",
+                               OneOf("cuda", "cpu", "swap"), resume=True),
+        "dtype": Flag(None, "of the computation; what learns is kept in float32; default: bfloat16 on cuda, "
+                      "float32 on cpu", OneOf("float32", "bfloat16")),
+        "seed": Flag(0, "of prompts' order and sampling", number(int, least=0, most=2**40)),
+        "save_every": Flag(100, "steps between checkpoints; 0 = at the end only", AMOUNT, resume=True),
+        "log_samples": Flag(2, "rollouts per step and Job that samples.jsonl keeps", AMOUNT, resume=True)}}
+
+GENERAL = {name: flag for group in FLAGS.values() for name, flag in group.items()}
+
+
+# ---- the parser --------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        fail(message)
+        raise Refused(message)
 
 
-def parser(about, methods, losses, divergences, supports, recipes):
-    """The argparse parser of opd.py. methods, losses, .. recipes: the tables whose names are choices.
+def own_flags(methods):
+    """Return {name: Flag} of the methods' keyword arguments that are not general flags."""
+    out = {}
+    for method in methods.values():
+        for name, own in method.own.items():
+            if name not in GENERAL and name not in out:
+                users = ", ".join(n for n, other in methods.items() if name in other.own)
+                words = "+" if isinstance(own.type, PerBranch) else None
+                out[name] = Flag(own.default, f"{users}: {own.about}", own.type, words)
+    return out
 
-    Every knob in `divergences` becomes a flag of its own name.
+
+def build_parser(about, methods, everything):
+    """Return the argparse parser. `everything`: its help shows all flags, not only the basic ones."""
+    parser = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, width=110, max_help_position=30),
+                    allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS,
+                    epilog=None if everything else "--help all explains every flag.")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")         # argparse takes -1e-3 for a flag
+    groups = FLAGS if everything else {"the flags that people start with": GENERAL}
+    for title, flags in {**groups, "of single methods (methods/)": own_flags(methods)}.items():
+        group = parser.add_argument_group(title)
+        for name, flag in flags.items():
+            options = dict(help=help_text(name, flag, methods) if everything or flag.basic
+                           else argparse.SUPPRESS)
+            if flag.type is bool:
+                options |= dict(action="store_true")
+            else:
+                kind = str if isinstance(flag.type, (PerBranch, Ratio)) else flag.type
+                options |= dict(type=kind, nargs=flag.words, metavar=flag.shown or placeholder(flag))
+            group.add_argument(f"--{name}", **options)
+    return parser
+
+
+def placeholder(flag):
+    """Return what --help shows in place of a flag's value."""
+    name = {"int": "N", "float": "X"}.get(getattr(flag.type, "__name__", ""), "NAME")
+    return (name,) * flag.words if isinstance(flag.words, int) else name
+
+
+def help_text(name, flag, methods):
+    """Return a flag's explanation with its default, and with the methods that have another one."""
+    text = flag.about
+    if isinstance(flag.type, OneOf) and len(flag.type.names) > 3:
+        text += f" ({', '.join(flag.type.names)})"
+    if flag.default not in (None, False, [], {}, "") and not flag.of_methods:
+        text += f" (default: {flag.default})"
+    by_default = {}
+    for method, other in methods.items():
+        if name in GENERAL and name in other.defaults:
+            by_default.setdefault(str(other.defaults[name]), []).append(method)
+    if by_default and name not in ("method", "val_prompts", "templates"):
+        text += f" (default: {'; '.join(f'{x} for {chr(44).join(m)}' for x, m in by_default.items())})"
+    return text.replace("%", "%%")
+
+
+def parse_words(argv, about, methods):
+    """Return {flag: value} of the flags that are given."""
+    if "--help" in argv or "-h" in argv:
+        print(build_parser(about, methods, everything="all" in argv).format_help())
+        raise SystemExit(0)
+    given, unknown = build_parser(about, methods, True).parse_known_args(argv)
+    if unknown:
+        known = [f"--{name}" for name in GENERAL | own_flags(methods)]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        raise Refused(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else
+                                                      "; --help all lists every flag"))
+    return vars(given)
+
+
+# ---- from words to settings --------------------------------------------------------------------------------
+
+def parse(argv, about, methods):
+    """Return the settings of a run: parsed, completed and checked, with one clear line for what cannot work.
+
+    A flat namespace with every general flag and the method's own. argv: words, None for the program's.
     """
-    p = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
-               formatter_class=lambda prog: Help(prog, width=110, max_help_position=30))
-    p._negative_number_matcher = re.compile(r"-\.?\d")          # argparse takes -1e-3 for a flag
-    add = p.add_argument_group("what").add_argument
-    add("--student", nargs="+", default=[], metavar="PATH",
-        help="the model that learns: a folder or hub id, as from_pretrained takes it; opcod has two, the "
-             "first stronger in the first branch of prompts, the second in the second")
-    add("--teachers", nargs="+", default=[], metavar="[BRANCH=]PATH",
-        help="frozen models with the student's tokenizer; one for all prompts, or one per branch")
-    add("--prompts", nargs="+", default=[], metavar="[BRANCH=]FILE",
-        help="JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or a public set as "
-             "openai/gsm8k (data/convert.py); one per branch. For camopd the first is the branch to recover, "
-             "the others are preserved")
-    add("--val_prompts", nargs="+", metavar="BRANCH=FILE",
-        help="opcod: prompts with answers for the gate, one file per branch, neither trained nor evaluated "
-             "on")
-    add("--eval_prompts", nargs="+", default=[], metavar="[NAME=]FILE",
-        help="prompts with answers, never trained on; a public set may name a split, as "
-             "'openai/gsm8k:test[:200]'")
-    add("--method", choices=methods,
-        help="methods.py; default: opd with one teacher, mopd with several, sft with none")
-    add("--out", metavar="DIR",
-        help="the run's folder; default: runs/METHOD-LOSS-seedN, for a recipe runs/RECIPE")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--dry_run", action="store_true",
-        help="read configs, tokenizers and prompts only, say what the run would do and need, write nothing; "
-             "with --device cuda for a GPU that is not here")
-
-    add = p.add_argument_group("objective (losses.py)").add_argument
-    add("--loss", choices=losses,
-        help="a divergence, pg (sampled-token policy gradient) or nll; default: the method's")
-    for knob in dict.fromkeys(row.knob for row in divergences.values() if row.knob):
-        rows = {name: row for name, row in divergences.items() if row.knob == knob}
-        default, about = (getattr(next(iter(rows.values())), field) for field in ("default", "about"))
-        pair = isinstance(default, tuple)
-        add(f"--{knob}", type=FINITE, default=list(default) if pair else default,
-            help=f"{' and '.join(rows)}: {about}", **(dict(nargs=2, metavar=("A", "B")) if pair else {}))
-    add("--target", choices=("teacher", "veto", "taid"), default="teacher",
-        help="what the divergence compares with: the teacher; q p^beta, renormalised, with beta falling to 0 "
-             "(Veto 2601.07155); a mixture of both models' logits (TAID 2501.16937)")
-    add("--veto_beta", type=NOT_NEGATIVE, default=0.8, help="veto: beta at the first step, 0 at the last")
-    add("--taid_start", type=SHARE, default=0.4,
-        help="taid: the teacher's share at the first step, 1 at the last")
-    add("--support", choices=supports,
-        help="which entries count (default: full; sdpo, opcod: student_tail with top_k 100): all, or the "
-             "--top_k largest of student or teacher; what becomes of the others: raw and sg nothing (sg "
-             "without the gradient of the kept mass), renorm they have no probability, tail they are one "
-             "more entry; 2605.11182")
-    add("--top_k", type=COUNT, help="entries of a --support")
-    add("--loss_temperature", type=POSITIVE, default=1.0, help="divides both models' logits in the loss")
-    add("--importance_cap", type=NOT_NEGATIVE, metavar="C",
-        help="grpo, sdpo, opcod: every token's weight is multiplied by min(p_train / p_sampler, C); 0 = it "
-             "is not; default: 2; OPCoD 2606.14368, table 4")
-    add("--importance", type=NOT_NEGATIVE, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
-        help="pg: tokens whose p_train / p_sampler is outside have weight 0; Nemotron-Cascade 2, 2603.19220")
-
-    add = p.add_argument_group("method (methods.py)").add_argument
-    add("--mixture", metavar="N:M", help="shares of the branches in a mixed batch; default: equal")
-    add("--gkd_lambda", type=SHARE,
-        help="gkd: fraction of on-policy steps; default: 0.5; GKD 2306.13649, alg. 1")
-    add("--schedule", metavar="N:M",
-        help="camopd: N steps of the first branch, M of the second, ..; "
-             "'mixed': all in every step; default: 3:1; CaMOPD eq. 5")
-    add("--mass", nargs="+", metavar="[BRANCH=]RHO",
-        help="camopd: share of the gap mass that the kept rollouts hold, 1 keeps all; default: 0.8; "
-             "CaMOPD eq. 8")
-    add("--scale", nargs="+", metavar="[BRANCH=]R",
-        help="camopd: factor on the branch's loss; "
-             "default: 2 for the first branch, 1 for the others; CaMOPD eq. 9")
-    add("--focus", type=SHARE,
-        help="focus: share of every branch's prompts that are asked again because their gap was the largest; "
-             "ours; default: 0.5")
-    add("--self_teacher", choices=("ema", "frozen", "live"),
-        help="the student as its own teacher: its moving average, as it started, as it is; default: ema for "
-             "sdpo and opcod, frozen for opsd and star")
-    add("--ema_rate", type=SHARE,
-        help="share of the student that its average takes up per update; default: 0.05; SDPO 2601.20802")
-    add("--templates", metavar="FILE",
-        help="JSON with the texts that self-teachers and tutors read; default: those of methods/feedback.py")
-    add("--no_environment", action="store_true", default=None,
-        help="sdpo: say nothing about answers that cannot be graded; OPCoD's baseline")
-    add("--rounds", type=COUNT,
-        help="opcod: rounds R; each has --steps / R updates of one student, then of the other; default: 2")
-    add("--gate", choices=("cognizance", "always", "never", "selective"),
-        help="opcod: when a tutor gives feedback: cognizance gap within --tau, always, never, or beyond "
-             "--tau on prompts of the domain it is stronger in; default: cognizance; OPCoD fig. 7")
-    add("--tau", type=NOT_NEGATIVE,
-        help="opcod: largest cognizance gap of a tutor; default: 0.2; OPCoD eq. 2")
-    add("--gate_rollouts", type=COUNT,
-        help="opcod: completions per validation prompt, as in evaluation; default: 16")
-    add("--break_prompts", type=AMOUNT,
-        help="opcod: validation prompts per domain on which every round measures how many correct rollouts "
-             "feedback breaks; 0 = none; default: 8; OPCoD app. E")
-    add("--no_anchor", action="store_true", default=None,
-        help="opcod: tutors need not name a concept of the question first; only answers are removed")
-    add("--feedback_tokens", type=COUNT, help="opcod: longest feedback, in tokens; default: 1024")
-
-    add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=COUNT, default=100, help="optimizer steps of each student")
-    add("--batch", type=COUNT, default=32, help="prompts per step")
-    add("--rollouts", type=COUNT,
-        help="completions per prompt that the student samples; default: 1, for grpo, sdpo, opcod 8")
-    add("--lr", type=POSITIVE, help="peak learning rate; default: 1e-5, with --lora_rank 1e-4")
-    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
-        help="after the warm-up")
-    add("--warmup", type=AMOUNT, default=0, help="steps of linear warm-up")
-    add("--optimizer", choices=("adamw", "muon", "sgd"), default="adamw",
-        help="muon: hidden matrices by Muon, scaled to AdamW's step size, the rest by AdamW")
-    add("--adam_beta2", type=SHARE, default=0.95, help="AdamW's second beta (the first is 0.9)")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="on matrices; norms and biases do not decay")
-    add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--micro_tokens", type=COUNT, default=4096,
-        help="tokens per forward pass with padding: memory, not results")
-    add("--gradient_checkpointing", action="store_true",
-        help="compute every layer again in the backward pass: less memory for one more forward pass")
-    add("--lora_rank", type=AMOUNT, default=0,
-        help="train a LoRA adapter of this rank on all linear layers (not on experts that are one tensor) "
-             "instead of the weights, which then are kept in --dtype; needs peft; 0 = no adapter")
-    add("--lora_alpha", type=POSITIVE, default=32.0,
-        help="LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA Without Regret'")
-
-    add = p.add_argument_group("sampling and evaluation").add_argument
-    add("--temperature", type=POSITIVE, default=1.0,
-        help="of the rollouts; anything but 1 is off-policy, and said so")
-    add("--top_p", type=number(float, above=0, most=1), default=1.0,
-        help="of rollouts; likewise")
-    add("--max_new_tokens", type=COUNT,
-        help="longest completion, in tokens; default: 512, or 2048 where the chat template lets the student "
-             "think")
-    add("--sample_batch", type=COUNT, default=64, help="completions generated at a time")
-    add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
-        help="passed to the chat template, e.g. '{\"enable_thinking\": false}'")
-    add("--eval_every", type=AMOUNT, default=0,
-        help="steps, of both students together, between evaluations; 0 = before and after training only")
-    add("--eval_rollouts", type=COUNT, default=1,
-        help="completions per evaluation prompt; the score is their mean")
-    add("--eval_temperature", type=NOT_NEGATIVE, default=0.0, help="0 = greedy")
-    add("--eval_top_p", type=number(float, above=0, most=1), help="of sampled evaluation; default: --top_p")
-
-    add = p.add_argument_group("diagnosis: what the gradients are like (lab/diagnosis.py)").add_argument
-    add("--diagnose_every", type=AMOUNT, metavar="K",
-        help="opd, mopd, camopd, focus: before the first step, after every K and the last, measure cosine, "
-             "coherence and noise of the gradients, the gap's spread, and the size of each branch's step; "
-             "default: 0, never; CaMOPD sec. 4.4")
-    add("--diagnose_rollouts", type=number(int, least=2), metavar="N",
-        help="rollouts per branch for it, of different prompts as far as there are, one backward pass each; "
-             "default: --batch, at most 64")
-    add("--diagnose_layers", type=AMOUNT, metavar="N",
-        help="gradients of the last N layers only, without the steps: an estimate that costs less for large "
-             "models; default: 0, all parameters, with memory for four more gradients per branch")
-
-    add = p.add_argument_group("the machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--teacher_device", choices=("cuda", "cpu", "swap"),
-        help="cpu: teachers compute there, slowly; swap: they wait in main memory and are on the GPU only "
-             "while they score or write. Default: as --device")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the computation; what learns is kept in float32. Default: bfloat16 on cuda, float32 on cpu")
-    add("--seed", type=number(int, least=0, most=2**40), default=0, help="of prompts' order and sampling")
-    add("--save_every", type=AMOUNT, default=100, help="steps between checkpoints; 0 = at the end only")
-    add("--log_samples", type=AMOUNT, default=2, help="rollouts per step and Job that samples.jsonl keeps")
-
-    add = p.add_argument_group("recipes: a whole table in one command (lab/recipes.py)").add_argument
-    add("--recipe", choices=recipes,
-        help="run its rows, each a call of this program; run again, it continues")
-    add("--seeds", type=COUNT, default=1,
-        help="recipe: repetitions with seeds 0, 1, ..; the table shows mean and spread")
-    add("--quick", action="store_true", help="recipe: a short form of every row")
-    add("--jobs", type=COUNT, default=1, help="recipe: seeds that run at the same time")
-    return p
+    import sys
+    given = parse_words(sys.argv[1:] if argv is None else list(argv), about, methods)
+    for flag in ("student", "prompts"):
+        if not given.get(flag):
+            raise Refused(f"--{flag} is missing; python opd.py --help explains the flags")
+    cfg = SimpleNamespace(**{name: given.get(name, flag.default) for name, flag in GENERAL.items()
+                             if not flag.of_methods})
+    cfg.student = [home(path) for path in cfg.student]
+    cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
+    cfg.eval_prompts = pairs(cfg.eval_prompts, "--eval_prompts", "eval")
+    cfg.teachers = pairs(cfg.teachers, "--teachers", "")
+    cfg.method = cfg.method or ("sft" if not cfg.teachers else "opd" if len(cfg.teachers) == 1 else "mopd")
+    if cfg.method not in methods:
+        raise Refused(f"--method {cfg.method!r} is unknown; {nearest(cfg.method, methods)}")
+    method, branches = methods[cfg.method], list(cfg.prompts)
+    take_method_flags(cfg, given, method, methods)
+    complete_objective(cfg, given, method)
+    match_teachers(cfg, method, branches)
+    complete_branches(cfg, method, branches)
+    check_students(cfg, method)
+    check_effects(cfg, given, own_flags(methods))
+    complete_machine(cfg)
+    if method.check:
+        method.check(cfg)
+    return cfg
 
 
-def check_students(cfg, method, branches):
-    """As many students as the method has; two of them have a domain, validation prompts and a turn each."""
-    if len(cfg.student) != method.students:
-        fail(f"--method {cfg.method} has one student; two tutor each other with --method opcod"
-             if method.students == 1 else
-             f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
-    cfg.val_prompts = pairs(cfg.val_prompts or [], "--val_prompts", "main")
-    if method.students == 1:
+def take_method_flags(cfg, given, method, methods):
+    """Give the settings the flags that this method has; refuse those that only others have."""
+    only_others = {name for other in methods.values() for name in other.defaults} - method.defaults.keys()
+    for flag in sorted(given.keys() & only_others):
+        if flag in own_flags(methods) or GENERAL[flag].of_methods:
+            raise Refused(f"--{flag} has no effect on --method {cfg.method}; it is for: "
+                          f"{', '.join(name for name, other in methods.items() if flag in other.defaults)}")
+    for flag, default in method.defaults.items():
+        setattr(cfg, flag, given.get(flag, default))
+
+
+def complete_objective(cfg, given, method):
+    """Choose the loss and its support, and check that they fit each other."""
+    cfg.loss = cfg.loss or method.losses[0]
+    if cfg.loss not in method.losses:
+        raise Refused(f"--method {cfg.method} cannot use --loss {cfg.loss}; "
+                      f"it can use: {', '.join(method.losses)}")
+    if not has_divergence(cfg):
+        for flag in ("target", "support", "top_k"):
+            if flag in given:
+                raise Refused(f"--loss {cfg.loss} uses the sampled token only: --target, --support and "
+                              "--top_k have no effect")
+        cfg.support, cfg.top_k = "full", None
         return
-    if len(branches) != 2:
-        fail(f"--method {cfg.method} needs two branches of prompts, the first student's domain and the "
-             "second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
-             + ", ".join(branches))
-    if cfg.val_prompts.keys() != cfg.prompts.keys():
-        fail(f"--method {cfg.method} needs validation prompts for every branch ({', '.join(branches)}), but "
-             f"--val_prompts has: {', '.join(cfg.val_prompts) or 'none'}")
-    if cfg.steps % cfg.rounds:
-        fail(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has steps / "
-             "rounds updates of each student")
+    if cfg.support == "full" and "top_k" not in given:
+        cfg.top_k = None                                    # a method's own number of entries
+    try:
+        lookup(cfg.loss, knob(cfg))
+        if "top_k" not in given or cfg.support != "full":   # else check_effects says it better
+            check_support(cfg.loss, cfg.support, cfg.top_k)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if cfg.importance[0] >= cfg.importance[1]:
+        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
 
 
-def check_effects(cfg, changed):
-    """None of `changed` (flags that are not default) is without effect, and no run can only learn nothing."""
-    for flag in ("eval_rollouts", "gate_rollouts"):
-        if flag in changed and getattr(cfg, flag) > 1 and not cfg.eval_temperature:
-            fail(f"--{flag} {getattr(cfg, flag)} has no effect at --eval_temperature 0: greedy completions "
-                 "are all the same")
-    if "ema_rate" in changed and cfg.self_teacher != "ema":
-        fail(f"--ema_rate has no effect on --self_teacher {cfg.self_teacher}")
-    for flag in ("diagnose_rollouts", "diagnose_layers"):
-        if flag in changed and not cfg.diagnose_every:
-            fail(f"--{flag} has no effect without --diagnose_every")
-    if cfg.method == "grpo" and cfg.rollouts == 1:
-        fail("--method grpo compares the rollouts of a prompt: --rollouts must be at least 2")
+def knob(cfg):
+    """Return the knob of --loss; None where it has none."""
+    name = DIVERGENCES[cfg.loss].knob if has_divergence(cfg) else None
+    return getattr(cfg, name) if name else None
+
+
+def match_teachers(cfg, method, branches):
+    """Give every branch of prompts its teacher; refuse too few, too many and other names."""
+    if "" in cfg.teachers:
+        cfg.teachers = dict.fromkeys(branches, cfg.teachers[""])
+    if method.teachers == "none" and cfg.teachers:
+        raise Refused(f"--teachers has no effect on --method {cfg.method}")
+    if method.teachers != "none" and cfg.teachers.keys() != cfg.prompts.keys():
+        raise Refused(f"--method {cfg.method} needs a teacher for every branch of prompts "
+                      f"({', '.join(branches)}), but --teachers has: {', '.join(cfg.teachers) or 'none'}")
+    if method.teachers == "one" and len(set(cfg.teachers.values())) > 1:
+        raise Refused(f"--method {cfg.method} has one teacher; with several use --method mopd or camopd")
+
+
+def complete_branches(cfg, method, branches):
+    """Complete the settings that have a value for every branch."""
+    if hasattr(cfg, "val_prompts"):
+        cfg.val_prompts = pairs(cfg.val_prompts, "--val_prompts", "main")
+    cfg.mixture = Ratio().complete(cfg.mixture, None, branches, "--mixture")
+    for name, own in method.own.items():
+        if hasattr(own.type, "complete"):
+            setattr(cfg, name, own.type.complete(getattr(cfg, name), own.default, branches, f"--{name}"))
+    mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # else a step takes a whole batch of one branch
+    if mixed and not all(split(cfg.batch, cfg.mixture, branches).values()):
+        raise Refused(f"--batch {cfg.batch} leaves a branch without prompts in the mixture "
+                      f"{cfg.mixture or 'of all'}")
+
+
+def split(batch, mixture, branches):
+    """Return {branch: prompts of the batch} in the shares of the mixture "3:1"; None means equal shares."""
+    shares = [int(n) for n in mixture.split(":")] if mixture else [1] * len(branches)
+    ends = [round(batch * sum(shares[:i + 1]) / sum(shares)) for i in range(len(shares))]
+    return dict(zip(branches, [end - start for start, end in zip([0, *ends], ends)]))
+
+
+def check_students(cfg, method):
+    """Refuse more or fewer students than the method has."""
+    if len(cfg.student) == method.students:
+        return
+    if method.students == 1:
+        raise Refused(f"--method {cfg.method} has one student; two tutor each other with --method opcod")
+    raise Refused(f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
+
+
+def check_effects(cfg, given, own):
+    """Refuse a flag that was set and has no effect under the other settings."""
+    for name, flag in (GENERAL | own).items():
+        if name in given and flag.only and getattr(cfg, name) != flag.default and not flag.only[0](cfg):
+            raise Refused(f"--{name} has no effect without {flag.only[1]}")
+
+
+def complete_machine(cfg):
+    """Choose device, dtype and what follows from them."""
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
+        raise Refused(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
+    if not cfg.dry_run and cfg.device != "cpu" and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
+        raise Refused(f"--device {cfg.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if cfg.device == "cpu" and cfg.teacher_device not in (None, "cpu"):
+        raise Refused(f"--teacher_device {cfg.teacher_device} needs a --device cuda")
+    cfg.teacher_device = cfg.teacher_device or cfg.device.split(":")[0]
+    shared = getattr(cfg, "self_teacher", None) in ("ema", "live", "snapshot")
+    if cfg.teacher_device == "cpu" != cfg.device and shared:
+        raise Refused("--teacher_device cpu: a self-teacher shares the student's network; choose cuda or "
+                      "swap, or --self_teacher frozen")
+    cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
+    cfg.eval_top_p = cfg.eval_top_p or cfg.top_p
+    cfg.out = home(cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}")
+    cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
+
+
+# ---- config.json -------------------------------------------------------------------------------------------
+
+def read_config(out):
+    """Return the settings of the run in a folder, or None: a model's folder has a config.json as well."""
+    try:
+        config = json.loads((Path(out) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and {"method", "versions"} <= config.keys() else None
+
+
+def record(cfg):
+    """Return what config.json keeps: every setting, with versions, commit, device and date."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:                                         # no git on this machine
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": version("transformers"), "opd": commit or "unknown"}
+    if cfg.device == "cpu":                                 # its instructions decide about rounding
+        device = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    else:
+        device = torch.cuda.get_device_name(cfg.device)
+    return {**vars(cfg), "versions": versions, "device_name": device,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def check_resume(cfg):
+    """Refuse --out if it holds something else, or a run that these settings would turn into another one.
+
+    Returns the settings that run was started with, or None if there is none to continue.
+    """
+    out, before = Path(cfg.out), read_config(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise Refused(f"--out {out} is a file; it must be a folder")
+    if before is None:
+        if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
+            raise Refused(f"--out {out} holds other files and no run; choose another --out")
+        return None
+    if not cfg.resume:
+        raise Refused(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+    return before
+
+
+def check_same_experiment(cfg, before):
+    """Refuse to continue a run under settings that would make it another experiment."""
+    now = json.loads(json.dumps(vars(cfg)))
+    for name in sorted(now):
+        may_change = name in GENERAL and GENERAL[name].resume
+        if callable(may_change):
+            may_change = may_change(cfg)
+        if now[name] != before.get(name) and not may_change:
+            raise Refused(f"--resume with another {name} ({now[name]}, was {before.get(name)}) would be "
+                          "another experiment; choose another --out")

@@ -1,21 +1,23 @@
 """Models: from a checkpoint to what the loop uses, and back to a checkpoint.
 
+    Model         a causal language model with its tokenizer: encode, generate, hidden_states, log_probs
+    Learner       a Model that learns: with its optimizers and, where it has one, its moving average
     load          any decoder-only model that transformers loads, checked; with --lora_rank an adapter on it
-    Model         its last hidden states and its head, which is all that the loss needs (kernels/)
-    average       a moving average of a student, in the student's own network; rest, wake: the one that waits
     check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens
-    share_*       what student and teacher must agree on: token ids, where a completion ends
-    save_model    what from_pretrained, or peft, reads again
+    share_*       what student and teacher must agree on: token ids, and where a completion ends
+    save_*        what from_pretrained, or peft, reads again, and what a restart needs
 
-What learns is kept in float32; what is frozen in --dtype, as is all computation, but residual stream and
-norms are float32 in both (a quantised teacher's norms are as they come): otherwise two equal models would
-show a gap of rounding.
+What learns is kept in float32 and what is frozen in --dtype, as is all computation; but the residual stream
+and the norms are float32 in both (a quantised teacher's norms stay as they come). Otherwise two equal models
+would show a gap that is nothing but rounding.
+
+This is the only file that imports transformers when it is imported itself.
 """
 import contextlib
 import functools
 import math
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -25,20 +27,21 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from config import Refused, first_line
+from kernels import linear_divergence, linear_logprob
+
 # transformers looks for a distribution called `kernels`, and where one is installed it would import ours.
 for module in (transformers.utils, transformers.utils.import_utils):
     module.is_kernels_available = lambda *args, **kwargs: False
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
+                          LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from data.prompts import end_of_turn
-from config import fail, first_line
 
 
 @dataclass(eq=False)
 class Model:
-    """A causal language model with its tokenizer; the one that learns also has optimizers."""
+    """A causal language model with its tokenizer."""
     path: str
     net: torch.nn.Module
     tok: object
@@ -47,12 +50,11 @@ class Model:
     dtype: torch.dtype                  # of the computation; parameters that learn are float32
     device: torch.device                # of the computation
     generation_config: GenerationConfig  # as found in the checkpoint, kept to be saved again
-    optimizers: tuple = ()
+    template_kwargs: dict = field(default_factory=dict)     # options of the chat template
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
-    without_adapter: bool = False       # `net` is the student's; this is the model that it was
-    swapped: bool = False               # weights wait in main memory while the model is not `present`
-    average: object = None              # the Model that follows this one as its moving average
-    values: dict = field(default_factory=dict)  # parameter of `net` -> its value here, where it is another
+    without_adapter: bool = False       # `net` is the student's, and this is the model that it was before
+    offloaded: bool = False             # the weights wait in main memory while the model is not `on_device`
+    values: dict = field(default_factory=dict)  # parameter of `net` -> its value in this model, if another
 
     @property
     def config(self):
@@ -66,39 +68,77 @@ class Model:
 
     @property
     def head_VH(self):
-        """The output head; a bias is one more column, to go with the ones in `hidden`."""
+        """The output head. A bias is one more column, beside a column of ones in the hidden states."""
         head = self.net.get_output_embeddings()
         weight_VH = self.values.get(head.weight, head.weight)
         if head.bias is None:
             return weight_VH
         bias_V = self.values.get(head.bias, head.bias)
-        return pad(torch.cat([weight_VH, bias_V[:, None]], 1), (0, 7))          # widths stay multiples of 8
+        return pad(torch.cat([weight_VH, bias_V[:, None]], 1), (0, 7))      # widths stay multiples of 8
 
     @property
     def logit_scale(self):
         """What the model multiplies its logits with (Cohere, Granite)."""
-        return (getattr(self.config, "logit_scale", None)
-                or 1 / (getattr(self.config, "logits_scaling", None) or 1))
+        scale = getattr(self.config, "logit_scale", None)
+        return scale or 1 / (getattr(self.config, "logits_scaling", None) or 1)
 
     @property
     def softcap(self):
         """Logits become c * tanh(logits / c) (Gemma 2); None: they do not."""
         return getattr(self.config, "final_logit_softcapping", None)
 
+    @property
+    def positions(self):
+        """How many tokens the model can take, prompt and completion together."""
+        return getattr(self.config, "max_position_embeddings", None) or math.inf
+
+    # -- text and token ids
+
+    def encode(self, prompt):
+        """Return the token ids of a prompt (text or chat messages) up to where its completion begins.
+
+        A model with a chat template sees the template around the messages; plain text becomes one message of
+        the user's. A model without one (a base model) sees the plain text.
+        """
+        if self.tok.chat_template:
+            ids = self.tok(rendered(self.tok, prompt, self.template_kwargs), add_special_tokens=False).input_ids
+        elif not isinstance(prompt, str):
+            raise Refused(f"{self.tok.name_or_path} has no chat template, but the prompt is a list of messages")
+        else:
+            ids = self.tok(prompt).input_ids
+            if len(ids) > 1 and ids[-1] == self.tok.eos_token_id:   # some tokenizers close every text
+                ids = ids[:-1]
+        if not ids:
+            raise Refused(f"a prompt without tokens: {prompt!r}")
+        return ids
+
+    def encode_completion(self, text):
+        """Return the token ids of a reference completion, closed as the model closes one: it learns to stop."""
+        end = end_of_turn(self.tok)
+        closing = self.tok.eos_token_id if end is None else end
+        return self.tok(text, add_special_tokens=False).input_ids + [closing]
+
+    def decode(self, ids_T):
+        """Return a completion as text without its stop token. Special tokens within it (thinking) stay."""
+        ids = ids_T.tolist()
+        return self.tok.decode(ids[:-1] if ids[-1] in self.stops else ids)
+
+    # -- forward passes
+
     @contextlib.contextmanager
-    def running(self):
-        """The context of every forward pass."""
+    def forward_context(self):
+        """Context manager of every forward pass: the dtype of the computation, and the adapter on or off."""
         bare = self.adapter.disable_adapter() if self.without_adapter else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), bare:
             yield
 
     @contextlib.contextmanager
-    def present(self):
-        """The time in which the network has this model's values, on its device.
+    def on_device(self):
+        """Context manager: put this model's weights into the network, on the device of its computation.
 
-        What a swapped model has there are copies, which are dropped: nothing has changed.
+        What an offloaded model has there are copies, which are dropped in the end: nothing has changed.
         """
-        waiting = [(x, x.data) for x in (tensors(self.net) if self.swapped else self.values)]
+        waiting = [(x, x.data) for x in (tensors(self.net) if self.offloaded else self.values)]
         try:
             for x, data in waiting:
                 x.data = self.values.get(x, data).to(self.device, non_blocking=True)
@@ -107,9 +147,9 @@ class Model:
             for x, data in waiting:
                 x.data = data
 
-    def hidden(self, ids_BT):
-        """Last hidden states [B, T, H] as the loss wants them: logits = softcapped(hidden @ head_VH.T)."""
-        with self.running():
+    def last_hidden(self, ids_BT):
+        """Return the last hidden states [B, T, H] with logits = softcapped(hidden @ head_VH.T)."""
+        with self.forward_context():
             hidden_BTH = self.body(input_ids=ids_BT.to(self.device), use_cache=False).last_hidden_state
         if self.logit_scale != 1:
             hidden_BTH = hidden_BTH * self.logit_scale
@@ -117,60 +157,243 @@ class Model:
             hidden_BTH = pad(pad(hidden_BTH, (0, 1), value=1.0), (0, 7))
         return hidden_BTH
 
+    def hidden_states(self, prompts, completions):
+        """Return the states [N, H] that predict the N tokens of some completions, one after the other.
+
+        prompts: lists of token ids; completions: tensors [T]. The state before a token predicts it: the last
+        prompt token predicts the first completion token, and the last completion token (EOS) is predicted but
+        never read. Padding is on the right, where causal attention never sees it.
+        """
+        rows = [prompt + completion.tolist()[:-1] for prompt, completion in zip(prompts, completions)]
+        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        predicts_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for i, (prompt, row) in enumerate(zip(prompts, rows)):
+            ids_BT[i, :len(row)] = torch.tensor(row)
+            predicts_BT[i, len(prompt) - 1:len(row)] = True
+        return self.last_hidden(ids_BT)[predicts_BT.to(self.device)].to(self.dtype)
+
+    def token_log_probs(self, hidden_NH, completions, temperature=1.0, head_VH=None, vocab=None):
+        """Return the log-probability of every completion token, a [T] each, from the states that predict them."""
+        head_VH = self.head_VH if head_VH is None else head_VH
+        _, stats = linear_logprob(hidden_NH, head_VH, torch.cat(completions), temperature=temperature,
+                                  vocab=vocab or self.vocab, softcap=self.softcap)
+        return stats["logprob_s"].split([len(ids_T) for ids_T in completions])
+
+    @torch.no_grad()
+    def log_probs(self, prompts, completions, micro_tokens, temperature=1.0):
+        """Return log p(y) of every completion token under the training forward pass, a [T] each."""
+        out = [None] * len(completions)
+        lengths = [len(prompt) + len(ids_T) for prompt, ids_T in zip(prompts, completions)]
+        for group in micro_batches(lengths, micro_tokens):
+            some = [completions[i] for i in group]
+            hidden_NH = self.hidden_states([prompts[i] for i in group], some)
+            for i, lp_T in zip(group, self.token_log_probs(hidden_NH, some, temperature)):
+                out[i] = lp_T
+        return out
+
+    @torch.no_grad()
+    def generate(self, prompts, temperature, top_p, max_new_tokens, batch):
+        """Complete prompts (lists of token ids). Returns [(ids_T, logp_T)], each cut after its first stop token.
+
+        temperature 0 is greedy, with logp_T None. Otherwise logp_T is under the distribution that was sampled
+        from, that is with temperature and top_p applied. `batch` completions are made at a time.
+        """
+        out = []
+        for start in tqdm(range(0, len(prompts), batch), "sample", leave=False, disable=len(prompts) <= batch):
+            out += self.generate_batch(prompts[start:start + batch], temperature, top_p, max_new_tokens)
+        return out
+
+    def generate_batch(self, prompts, temperature, top_p, max_new_tokens):
+        """Complete some prompts together, with padding on the left."""
+        P = max(map(len, prompts))
+        ids_BP = torch.tensor([[self.stops[0]] * (P - len(p)) + p for p in prompts], device=self.device)
+        mask_BP = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        recorder, sampling = SampledLogProbs(), {}
+        processors = LogitsProcessorList([OnlyKnownTokens(self.vocab)])
+        if temperature > 0:
+            processors += [TemperatureLogitsWarper(temperature)] * (temperature != 1)
+            processors += [TopPLogitsWarper(top_p)] * (top_p < 1) + [recorder]
+            sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        with self.forward_context():
+            ids_BT = self.net.generate(
+                ids_BP, attention_mask=mask_BP, logits_processor=processors,
+                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=self.stops,
+                                                   pad_token_id=self.stops[0], **sampling))
+        logp_BT = recorder.finish(ids_BT) if temperature > 0 else None
+        stop_BT = torch.isin(ids_BT[:, P:], torch.tensor(self.stops, device=self.device))
+        out = []
+        for i, stop_T in enumerate(stop_BT):
+            T = int(stop_T.int().argmax()) + 1 if stop_T.any() else len(stop_T)
+            out.append((ids_BT[i, P:P + T], logp_BT[i, :T] if temperature > 0 else None))
+        return out
+
+
+@dataclass(eq=False)
+class Learner(Model):
+    """A Model that learns: updated, saved and restored by the loop under its name."""
+    name: str = "student"
+    optimizers: tuple = ()
+    updates: int = 0                    # optimizer steps done
+    average: object = None              # the Model that follows this one: a moving average or a snapshot
+
+
+class SampledLogProbs(LogitsProcessor):
+    """The last processor sees what generate samples from: keep log p(y) of every token once it is known."""
+
+    def __init__(self):
+        self.previous_BV, self.logps = None, []
+
+    def __call__(self, ids_BT, scores_BV):
+        if self.previous_BV is not None:
+            self.take(ids_BT)
+        self.previous_BV = torch.log_softmax(scores_BV.float(), -1)
+        return scores_BV
+
+    def take(self, ids_BT):
+        self.logps.append(self.previous_BV.gather(1, ids_BT[:, -1:]))
+
+    def finish(self, ids_BT):
+        """Return the log-probabilities [B, T] of all sampled tokens."""
+        self.take(ids_BT)
+        return torch.cat(self.logps, 1)
+
+
+class OnlyKnownTokens(LogitsProcessor):
+    """Rows that pad the head beyond the tokenizer's ids are never sampled."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def __call__(self, ids_BT, scores_BV):
+        scores_BV[:, self.vocab:] = -torch.inf
+        return scores_BV
+
+
+def micro_batches(lengths, micro_tokens):
+    """Return groups of indices, longest first, of up to micro_tokens with padding.
+
+    What is longer than micro_tokens is a group of its own.
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+# ---- chat templates ----------------------------------------------------------------------------------------
+
+def messages(prompt):
+    """Return a prompt as chat messages; plain text is one of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def rendered(tok, prompt, template_kwargs=None):
+    """Return a prompt as text in its model's chat template, up to where the answer begins."""
+    return tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
+                                   **(template_kwargs or {}))
+
+
+@functools.lru_cache(maxsize=64)
+def end_of_turn(tok):
+    """Return the id of the special token that the chat template puts after an answer; None: there is none.
+
+    It is the tokenizer's EOS in most families, but Gemma ends turns with <end_of_turn> and texts with <eos>.
+    """
+    if not tok.chat_template:
+        return None
+    answer = "an answer"
+    try:
+        text = tok.apply_chat_template([*messages("a question"), {"role": "assistant", "content": answer}],
+                                       tokenize=False)
+    except Exception:                                           # templates raise what they like
+        return None
+    if answer not in text:
+        return None
+    after = tok(text.rpartition(answer)[2], add_special_tokens=False).input_ids
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special} | set(tok.all_special_ids)
+    return next((i for i in after if i in special), None)
+
+
+def ignores_text(tok):
+    """Whether the chat template leaves out what messages say: some know only lists of parts (text, image)."""
+    try:
+        return bool(tok.chat_template) and "a question" not in rendered(tok, "a question").lower()
+    except Exception:                                           # the prompts themselves will tell
+        return False
+
+
+def may_think(model):
+    """Whether the chat template has Qwen3's switch for thinking, which is on unless it is switched off."""
+    return ("enable_thinking" in (model.tok.chat_template or "")
+            and model.template_kwargs.get("enable_thinking", True))
+
 
 # ---- load --------------------------------------------------------------------------------------------------
 
-def load(path, cfg, learns=False, weights=None):
-    """A Model from anything from_pretrained takes: the student (`learns`) or a teacher.
+def load(path, cfg, learns=False, weights=None, name="student"):
+    """Return a Model from anything that from_pretrained takes; a Learner called `name` if it `learns`.
 
-    weights: read parameters, or the adapter's, from this folder (a checkpoint) instead. With cfg.dry_run only
-    config and tokenizer are read, and the parameters are fake tensors, which have shapes but no memory.
+    weights: read the parameters, or the adapter's, from this folder (a checkpoint) instead. With cfg.dry_run
+    only config and tokenizer are read, and the parameters are fake tensors: shapes without memory.
     """
     transformers.utils.logging.disable_progress_bar()
     dtype, lora = getattr(torch, cfg.dtype), cfg.lora_rank if learns else 0
     config, tok, defaults = read_folder(path)
     quantised = getattr(config, "quantization_config", None)
     if learns and quantised:
-        fail(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank if "
-             "memory is short (quantised --teachers are fine)")
-    swapped, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
+        raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank "
+                      "if memory is short (quantised --teachers are fine)")
+    offloaded, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
     if not learns:
-        swapped = cfg.teacher_device == "swap" and not cfg.dry_run
+        offloaded = cfg.teacher_device == "swap" and not cfg.dry_run
         device = torch.device("cpu") if cfg.teacher_device == "cpu" else device
-        if swapped and quantised:
-            fail(f"{path} is quantised, which --teacher_device swap cannot move; choose cuda")
+        if offloaded and quantised:
+            raise Refused(f"{path} is quantised, which --teacher_device swap cannot move; choose cuda")
     kept = torch.float32 if learns and not lora else dtype
     with reading(path):
         net = (fake_net(config, kept) if cfg.dry_run else
                read_net(path if lora else weights or path, kept, device if quantised else None))
-    if not (cfg.dry_run or quantised or swapped):
+    if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
     net.eval().requires_grad_(learns and not lora)
     # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
     net.generation_config = GenerationConfig()
-    compute_alike(net, kept, dtype, quantised)
-    if swapped and device.type == "cuda":
+    match_precision(net, kept, dtype, quantised)
+    if offloaded and device.type == "cuda":
         for x in tensors(net):
             x.data = x.data.pin_memory()
     check_head(path, net)
     # Gemma 3's tokenizer has an image token more than its text models have rows.
     vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
-    eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
-    stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
-    if not stops:
-        fail(f"{path}: its EOS token has no row in the model, so a completion could never end")
-    model = Model(path, net, tok, sorted(stops), vocab, dtype, device, defaults, swapped=swapped)
+    common = dict(path=path, net=net, tok=tok, stops=stop_tokens(path, tok, defaults, vocab), vocab=vocab,
+                  dtype=dtype, device=device, generation_config=defaults,
+                  template_kwargs=cfg.chat_template_kwargs, offloaded=offloaded)
+    model = Learner(name=name, **common) if learns else Model(**common)
     if lora:
         model.adapter = add_adapter(model, cfg, weights)
     if not cfg.dry_run:
-        with model.present():
+        with model.on_device():
             check_forward(model)
     if learns and cfg.gradient_checkpointing:
         recompute_layers(model)
+    if learns:
+        model.optimizers = build_optimizers(model, cfg)
     return model
 
 
-def compute_alike(net, kept, dtype, quantised):
+def stop_tokens(path, tok, defaults, vocab):
+    """Return the ids that end a completion: EOS, the end of a turn, and those of the generation defaults."""
+    eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+    stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
+    if not stops:
+        raise Refused(f"{path}: its EOS token has no row in the model, so a completion could never end")
+    return sorted(stops)
+
+
+def match_precision(net, kept, dtype, quantised):
     """Make networks kept in float32 and in `dtype` compute the same: norms and residual stream are float32.
 
     Autocast does the rest, but for experts that grouped_mm multiplies: those run as they are kept.
@@ -179,7 +402,7 @@ def compute_alike(net, kept, dtype, quantised):
         return
     for module in net.modules():
         if isinstance(module, torch.nn.Embedding) and torch.is_tensor(getattr(module, "embed_scale", None)):
-            module.register_forward_hook(functools.partial(scaled_once, dtype=dtype))       # Gemma 3 and 4
+            module.register_forward_hook(functools.partial(scale_embedding_fp32, dtype=dtype))  # Gemma 3, 4
     if kept == torch.float32:
         return
     for parameter in net.parameters():
@@ -188,22 +411,22 @@ def compute_alike(net, kept, dtype, quantised):
     net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
 
 
-def scaled_once(module, inputs, out, dtype):
-    """An embedding times its scale, the scale rounded to `dtype` as transformers does, the product not."""
+def scale_embedding_fp32(module, inputs, out, dtype):
+    """Return an embedding times its scale, the scale rounded to `dtype` as transformers does, the product not."""
     embedded = torch.nn.functional.embedding(inputs[0], module.weight)
     return embedded.float() * module.embed_scale.to(dtype).float()
 
 
 def read_folder(path):
-    """(config, tokenizer, generation config) of a checkpoint, whose weights are not touched."""
+    """Return (config, tokenizer, generation config) of a checkpoint, whose weights are not touched."""
     local = Path(path)
     if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
-        fail(f"cannot load {path}: no such folder, and not a hub id")
+        raise Refused(f"cannot load {path}: no such folder, and not a hub id")
     if (local / "adapter_config.json").exists():
-        fail(f"{path} is an adapter; give a merged model, as a run's final/ is")
+        raise Refused(f"{path} is an adapter; give a merged model, as a run's final/ is")
     if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
-        fail(f"cannot load {path}: no tokenizer in this folder"
-             + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
+        raise Refused(f"cannot load {path}: no tokenizer in this folder"
+                      + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
     with reading(path):
         tok, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
         try:
@@ -213,50 +436,50 @@ def read_folder(path):
                 raise
             defaults = GenerationConfig.from_model_config(config)
     if tok.eos_token_id is None:
-        fail(f"{path}: the tokenizer has no EOS token, so a completion could never end")
+        raise Refused(f"{path}: the tokenizer has no EOS token, so a completion could never end")
     return config, tok, defaults
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever is wrong with a checkpoint becomes one line."""
+    """Context manager: whatever is wrong with a checkpoint becomes one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Refused):
         raise
     except Exception as error:          # every kind of file can be broken in its own way
-        fail(f"cannot load {path}: {first_line(error)}")
+        raise Refused(f"cannot load {path}: {first_line(error)}") from None
 
 
 def read_net(source, dtype, device):
-    """The network with the weights in `source`. device: where a quantised one has to be put at once."""
+    """Return the network with the weights in `source`. device: where a quantised one has to be put at once."""
     net, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, **(dict(device_map={"": device}) if device else {}))
-    if found["missing_keys"]:
-        fail(f"cannot load {source}: {len(found['missing_keys'])} weights are missing, "
-             f"{', '.join(sorted(found['missing_keys'])[:3])} among them")
+    if missing := sorted(found["missing_keys"]):
+        raise Refused(f"cannot load {source}: {len(missing)} weights are missing, "
+                      f"{', '.join(missing[:3])} among them")
     return net
 
 
 @functools.cache
 def fake_mode():
-    """All fake tensors of a process have to be of one mode."""
+    """Return the mode of fake tensors, the same for a whole process."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode()
 
 
 def fake_net(config, dtype):
-    """The network with shapes and dtypes but without memory or values, of any size, in about a second."""
+    """Return the network with shapes and dtypes but without memory or values, of any size, in about a second."""
     with fake_mode():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def add_adapter(model, cfg, weights):
-    """A LoRA adapter on every linear layer but the head: a saved one, or one that changes nothing yet."""
+    """Return a LoRA adapter on every linear layer but the head: a saved one, or one that changes nothing yet."""
     try:
         import peft
     except ImportError:
-        fail("--lora_rank needs peft: pip install peft")
+        raise Refused("--lora_rank needs peft: pip install peft") from None
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
                              target_modules="all-linear")
     torch.manual_seed(cfg.seed)
@@ -268,64 +491,24 @@ def add_adapter(model, cfg, weights):
         try:
             adapter = peft.get_peft_model(model.net, config, low_cpu_mem_usage=cfg.dry_run)
         except ValueError as error:                             # layers that read their weights by name, say
-            fail(f"--lora_rank: peft cannot adapt {type(model.net).__name__}: {first_line(error)}")
-    for module in model.net.modules() if cfg.dry_run else ():   # peft makes meta tensors, the others are fake
+            raise Refused(f"--lora_rank: peft cannot adapt {type(model.net).__name__}: "
+                          f"{first_line(error)}") from None
+    if cfg.dry_run:
+        replace_meta_tensors(model.net)
+    return adapter
+
+
+def replace_meta_tensors(net):
+    """Replace the meta tensors that peft makes by fake ones, of the kind that the others are."""
+    for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 with fake_mode():
                     setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
-    return adapter
-
-
-def without_adapter(student):
-    """The model that the student was before its adapter, as a teacher that costs no memory."""
-    return replace(student, optimizers=(), without_adapter=True)
-
-
-def average(student, cfg):
-    """The student's exponential moving average, a teacher in the student's own network (`values`).
-
-    Only what learns is kept twice, an adapter for example; with --teacher_device swap in main memory.
-    """
-    device = "cpu" if cfg.teacher_device == "swap" else student.device
-    values = {p: p.detach().to(device, copy=True) for p in student.net.parameters() if p.requires_grad}
-    return replace(student, optimizers=(), values=values)
-
-
-def averaged(student):
-    """The numbers of its moving average, in the order of its parameters; none where it has no average."""
-    return list(student.average.values.values()) if student.average else []
-
-
-@torch.no_grad()
-def follow(average, rate):
-    """After an update of the student: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
-    for p, value in average.values.items():
-        value.lerp_(p.to(value.device), rate)
-
-
-def rest(student):
-    """Weights and optimizer state go to main memory. `present` fetches the weights while they are needed."""
-    student.swapped = True
-    move(student, "cpu")
-
-
-def wake(student):
-    """Everything back to the student's device: it is going to learn."""
-    student.swapped = False
-    move(student, student.device)
-
-
-def move(student, device):
-    """Weights, buffers and optimizer state, in place: the optimizers keep their parameters."""
-    for x in tensors(student.net):
-        x.data = x.data.to(device)
-    for state in [state for optimizer in student.optimizers for state in optimizer.state.values()]:
-        for name, x in state.items():
-            state[name] = x.to(device) if torch.is_tensor(x) else x
 
 
 def tensors(net):
+    """Return all parameters and buffers of a network."""
     return [*net.parameters(), *net.buffers()]
 
 
@@ -343,23 +526,148 @@ def recompute_layers(model):
 
     layers = [module for module in model.net.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        fail(f"{model.path}: {type(model.net).__name__} has no layers that --gradient_checkpointing knows")
+        raise Refused(f"{model.path}: {type(model.net).__name__} has no layers that "
+                      "--gradient_checkpointing knows")
     for layer in layers:
         layer.forward = recomputed(layer.forward)
+
+
+def build_optimizers(model, cfg):
+    """Return AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Matrices decay."""
+    ends = {id(model.net.get_output_embeddings().weight), id(model.net.get_input_embeddings().weight)}
+    params = [p for p in model.net.parameters() if p.requires_grad]
+    hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
+    rest = [p for p in params if not any(p is h for h in hidden)]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    if cfg.optimizer == "sgd":
+        return (torch.optim.SGD(groups, lr=cfg.lr),)
+    fused = model.device.type == "cuda" or None                 # without temporaries as large as the model
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2), fused=fused)
+    if cfg.optimizer == "adamw":
+        return (adamw,)
+    return torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay,
+                            adjust_lr_fn="match_rms_adamw"), adamw
+
+
+# ---- the models of a run -----------------------------------------------------------------------------------
+
+def load_students(cfg, checkpoint, teacher_learns):
+    """Return the Learners of --student: "student", or "1" and "2". checkpoint: the folder to go on from."""
+    names = ["student"] if len(cfg.student) == 1 else [str(i + 1) for i in range(len(cfg.student))]
+    several = len(names) > 1 or teacher_learns
+    students = [load(path, cfg, learns=True, weights=place(checkpoint, name, several), name=name)
+                for path, name in zip(cfg.student, names)]
+    for other in students[1:]:
+        share_tokens(students[0], other)
+    if len(students) > 1 and cfg.teacher_device == "swap" and not cfg.dry_run:
+        for student in students:
+            offload(student)
+    return students
+
+
+def load_teachers(cfg, checkpoint, students, teacher_learns):
+    """Return {path: Model} of --teachers, or Learners if they learn, too. They agree about tokens with students."""
+    student, teachers = students[0], {}
+    for path in dict.fromkeys(cfg.teachers.values()):
+        name = f"teacher{len(teachers) or ''}"
+        teachers[path] = (load(path, cfg, learns=True, weights=place(checkpoint, name, True), name=name)
+                          if teacher_learns else load_frozen(path, student, cfg))
+        share_tokens(student, teachers[path])
+    for other in students[1:]:
+        other.vocab = student.vocab
+    for teacher in teachers.values():
+        share_stops(student, teacher)
+    return teachers
+
+
+def place(folder, name, several):
+    """Return where in a folder a learner lies: in it, or where there are several, in one of its name."""
+    return folder and (folder / name if several else folder)
+
+
+def load_frozen(path, student, cfg):
+    """Return a frozen teacher. One that is the student before its adapter takes no memory."""
+    if cfg.lora_rank and path == student.path:
+        return twin(student, without_adapter=True)
+    return load(path, cfg)
+
+
+def make_self_teacher(student, kind, cfg):
+    """Return a student's self-teacher, as --self_teacher says; None where the method has none."""
+    if kind == "frozen":
+        start = load_frozen(student.path, student, cfg)
+        share_stops(student, start)
+        return start
+    if kind in ("ema", "snapshot"):
+        student.average = make_average(student, cfg)
+        return student.average
+    return student if kind == "live" else None
+
+
+# ---- models that share the student's network ---------------------------------------------------------------
+
+def twin(student, **changes):
+    """Return a frozen Model in the student's own network."""
+    return Model(**{f.name: getattr(student, f.name) for f in fields(Model)} | changes)
+
+
+def make_average(student, cfg):
+    """Return a copy of what learns as a teacher in the student's own network: a moving average or a snapshot.
+
+    Only what learns is kept twice, an adapter for example; with --teacher_device swap in main memory.
+    """
+    device = "cpu" if cfg.teacher_device == "swap" else student.device
+    values = {p: p.detach().to(device, copy=True) for p in student.net.parameters() if p.requires_grad}
+    return twin(student, values=values)
+
+
+def average_values(student):
+    """Return the numbers of its average, in the order of its parameters; none where it has no average."""
+    return list(student.average.values.values()) if student.average else []
+
+
+@torch.no_grad()
+def follow(average, rate):
+    """Move an average after an update: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
+    for p, value in average.values.items():
+        value.lerp_(p.to(value.device), rate)
+
+
+def offload(student):
+    """Move weights and optimizer state to main memory. `on_device` fetches the weights while needed."""
+    student.offloaded = True
+    move(student, "cpu")
+
+
+def onload(student):
+    """Move everything back to the student's device: it is going to learn."""
+    student.offloaded = False
+    move(student, student.device)
+
+
+def move(student, device):
+    """Move weights, buffers and optimizer state in place: the optimizers keep their parameters."""
+    for x in tensors(student.net):
+        x.data = x.data.to(device)
+    for state in [state for optimizer in student.optimizers for state in optimizer.state.values()]:
+        for name, x in state.items():
+            state[name] = x.to(device) if torch.is_tensor(x) else x
 
 
 # ---- check -------------------------------------------------------------------------------------------------
 
 def check_head(path, net):
-    """The output head must be a matrix."""
+    """Refuse an output head that is not a matrix."""
     head = net.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
-        fail(f"{path}: the output head of {type(net).__name__} is not a plain matrix, which is not supported")
+        raise Refused(f"{path}: the output head of {type(net).__name__} is not a plain matrix, which is not "
+                      "supported")
 
 
 @torch.no_grad()
 def check_forward(model):
-    """Refuse a model whose logits are not what the loss will compute from `hidden`, head and softcap.
+    """Refuse a model whose logits are not what the loss will compute from hidden states, head and softcap.
 
     What goes into the head must be the last hidden states, and what comes out of the model the transforms
     that are known here, tried on a probe in place of the head's output. No token may see a later one, and the
@@ -377,7 +685,7 @@ def check_forward(model):
 
     hook = head.register_forward_hook(replace_output)
     try:
-        with model.running():
+        with model.forward_context():
             net.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=GenerationConfig(
                 max_new_tokens=2, eos_token_id=model.stops, pad_token_id=model.stops[0]))
             hidden_BTH, changed_BTH = (model.body(ids, use_cache=False).last_hidden_state.float()
@@ -386,8 +694,8 @@ def check_forward(model):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                  # every network can fail in its own way
-        fail(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
-             f"{first_line(error)}")
+        raise Refused(f"{model.path}: {kind} does not run in {model.dtype} on {model.device.type}: "
+                      f"{first_line(error)}") from None
     finally:
         hook.remove()
     ours_BTV = model.logit_scale * probe_BTV[..., :model.vocab]
@@ -395,45 +703,66 @@ def check_forward(model):
         ours_BTV = model.softcap * torch.tanh(ours_BTV / model.softcap)
     close = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=5e-3, atol=1e-3)      # bf16 logits
     if not hidden_BTH.isfinite().all():
-        fail(f"{model.path}: {kind} computes what is not a number: its weights are broken")
+        raise Refused(f"{model.path}: {kind} computes what is not a number: its weights are broken")
     if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
-        fail(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
-             "logit_scale, logits_scaling or final_logit_softcapping")
+        raise Refused(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
+                      "logit_scale, logits_scaling or final_logit_softcapping")
     if not close(hidden_BTH[:, :-1], changed_BTH[:, :-1]):
-        fail(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
+        raise Refused(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
 
 
-def positions(model):
-    """How many tokens the model can take, prompt and completion together."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+@torch.no_grad()
+def check_sampler(student, prompts, max_new_tokens, batch, micro_tokens):
+    """Refuse a student whose samples do not come from the distribution that is trained.
+
+    KL(student, student) between two rollouts in one padded forward pass and the same two alone must be 0, and
+    the sampler's log-probabilities those of the training's forward pass.
+    """
+    completions, logps = zip(*student.generate(prompts, 1.0, 1.0, max_new_tokens, batch))
+    short = sorted(range(len(prompts)), key=lambda i: len(completions[i]))[:2]
+    pair = [prompts[i] for i in short], [completions[i] for i in short]
+    together_NH = student.hidden_states(*pair)
+    alone_NH = torch.cat([student.hidden_states([prompt], [ids_T]) for prompt, ids_T in zip(*pair)])
+    kl, _ = linear_divergence(together_NH, student.head_VH, alone_NH, student.head_VH, vocab=student.vocab,
+                              softcap_s=student.softcap, softcap_t=student.softcap)
+    kl, exact = kl.item() / len(alone_NH), student.dtype == torch.float32
+    lps = student.log_probs(prompts, completions, micro_tokens)
+    off = (torch.cat(lps) - torch.cat(logps)).abs().mean().item()
+    if not abs(kl) < (1e-4 if exact else 1e-2):
+        raise Refused(f"KL(student, student) = {kl:.2e} nats per token instead of 0: forward pass or loss is "
+                      "broken")
+    if not off < (1e-3 if exact else 0.2):
+        raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from the "
+                      f"training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
+    tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
 
 
-def share_tokens(student, teacher):
-    """Token ids must mean the same in both models: distillation compares distributions id by id.
+def share_tokens(student, other):
+    """Refuse models whose token ids differ: distillation compares distributions id by id.
 
     A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
-    renormalised over the student's. Another student (it has optimizers) may not.
+    renormalised over the student's. Another learner may not.
     """
-    ours, theirs = student.tok.get_vocab(), teacher.tok.get_vocab()
+    ours, theirs = student.tok.get_vocab(), other.tok.get_vocab()
     more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
     different = [f"{token!r}: {ours.get(token)} / {theirs.get(token)}"
                  for token in sorted((ours.keys() | theirs.keys()) - more.keys())
                  if ours.get(token) != theirs.get(token)]
-    if more and teacher.optimizers:
+    if more and isinstance(other, Learner):
         different += [f"{token!r}: none / {i}" for token, i in more.items()]
     if different:
-        fail(f"{student.path} and {teacher.path} have different tokenizers ({len(different)} tokens differ: "
-             f"{'; '.join(different[:3])}); models that teach each other must share one")
+        raise Refused(f"{student.path} and {other.path} have different tokenizers ({len(different)} tokens "
+                      f"differ: {'; '.join(different[:3])}); models that teach each other must share one")
     if more:
-        tqdm.write(f"note: {teacher.path} has {len(more)} tokens that the student lacks "
+        tqdm.write(f"note: {other.path} has {len(more)} tokens that the student lacks "
                    f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")
-    student.vocab = min(student.vocab, teacher.vocab)
+    student.vocab = min(student.vocab, other.vocab)
 
 
 def share_stops(student, teacher):
-    """A student ends where its teacher would, and the teacher writes in the student's tokens.
+    """Make the student end where its teacher would, and the teacher write in the student's tokens.
 
-    A base model has never seen the end-of-turn token of its chat-tuned teacher; it learns the token from the
+    A base model has never seen the end-of-turn token of its chat-tuned teacher. It learns the token from the
     teacher, and would write on after it.
     """
     teacher.vocab = student.vocab
@@ -458,6 +787,45 @@ def save_model(model, folder):
     model.generation_config.to_json_file(folder / "generation_config.json")     # as it came, valid or not
 
 
-def merge(model):
-    """Add the adapter's product to the weights: from now on a plain model."""
-    model.net, model.adapter = model.adapter.merge_and_unload(), None
+def save_learners(learners, folder, state):
+    """Write what a restart needs: weights, optimizers, averages, and the state of the run."""
+    for learner in learners:
+        save_model(learner, place(folder, learner.name, len(learners) > 1))
+    kept = {learner.name: {"updates": learner.updates, "average": average_values(learner),
+                           "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers]}
+            for learner in learners}
+    torch.save({"learners": kept, "state": state}, folder / "trainer.pt")
+
+
+def restore_learners(learners, folder):
+    """Read what save_learners wrote, but for the weights, which `load` has read. Returns the run's state."""
+    with reading(folder):
+        saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    for learner in learners:
+        kept = saved["learners"][learner.name]
+        learner.updates = kept["updates"]
+        for optimizer, state in zip(learner.optimizers, kept["optimizers"], strict=True):
+            fused = [group.get("fused") for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, here in zip(optimizer.param_groups, fused):
+                group["fused"] = here                           # the state may come from another device
+        for value, then in zip(average_values(learner), kept["average"], strict=True):
+            value.copy_(then)
+    return saved["state"]
+
+
+def save_adapters(students, folder):
+    """Write the students' adapters, as peft loads them."""
+    for student in students:
+        save_model(student, place(folder, student.name, len(students) > 1))
+
+
+def save_final(students, folder):
+    """Write plain folders that from_pretrained loads, in the run's dtype, adapters merged. Ends the training."""
+    for student in students:
+        if student.adapter:
+            student.net, student.adapter = student.adapter.merge_and_unload(), None
+        student.net.to(student.dtype)
+        where = place(folder, student.name, len(students) > 1)
+        save_model(student, where)
+        student.tok.save_pretrained(where)

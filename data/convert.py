@@ -16,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import Refused, first_line, nearest
+
 from . import sciknoweval
 from .files import write_file
-from config import first_line
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -57,21 +58,21 @@ def rows(name, *files):
         return [row for raw in files or [None] for row in converted(name, split, raw)]
     found = parts(name, *files)
     if (split or "train") not in found:
-        raise ValueError(f"{name} has the parts {', '.join(found)}, not {split!r}")
+        raise Refused(f"{name} has the parts {', '.join(found)}, not {split!r}")
     return found[split or "train"]
 
 
 def parts(name, *files):
     """{part: rows} of a set that we split: of one file or the hub, or of one file per part."""
     if len(files) > 2:
-        raise ValueError(f"{name} is one file that is split here, or its train and its test file; not "
+        raise Refused(f"{name} is one file that is split here, or its train and its test file; not "
                          f"{len(files)} files")
     return known(name).parts(*(converted(name, "", raw) for raw in files or [None]))
 
 
 def known(name):
     if name not in SETS:
-        raise ValueError(f"unknown set {name!r}; there are: {', '.join(SETS)}")
+        raise Refused(f"unknown set {name!r}; {nearest(name, SETS)}")
     return SETS[name]
 
 
@@ -83,9 +84,9 @@ def converted(name, split, file=None):
             if prompt := SETS[name].convert(row):
                 found.append(prompt)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file or name}:{number}: not a row of {name}: {error!r}") from None
+            raise Refused(f"{file or name}:{number}: not a row of {name}: {error!r}") from None
     if not found:
-        raise ValueError(f"{file or name} has no rows of {name}")
+        raise Refused(f"{file or name} has no rows of {name}")
     return found
 
 
@@ -101,11 +102,11 @@ def load(name, split):
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{name} is on the hub: pip install datasets, or give a file") from None
+        raise Refused(f"{name} is on the hub: pip install datasets, or give a file") from None
     try:
         return load_dataset(hub, config, split=split or default)
     except Exception as error:                          # no network, no such split, ..
-        raise ValueError(f"cannot load {name}: {first_line(error)}") from None
+        raise Refused(f"cannot load {name}: {first_line(error)}") from None
 
 
 def write_parts(folder, name, *files):
@@ -114,7 +115,7 @@ def write_parts(folder, name, *files):
     if all((folder / f"{domain}_{part}.jsonl").exists() for part in ("train", "val", "test")):
         return print(f"{folder}/{domain}_*.jsonl are there and stay")
     if not known(name).parts:
-        raise ValueError(f"{name} has no parts: leave out --out, and redirect what is printed")
+        raise Refused(f"{name} has no parts: leave out --out, and redirect what is printed")
     folder.mkdir(parents=True, exist_ok=True)
     for part, found in parts(name, *files).items():
         write_file(folder / f"{domain}_{part}.jsonl", "".join(map(line, found)))
@@ -141,9 +142,9 @@ def main(argv=None):
             if Path(file).exists() or not found:        # a path with = in it, or a bare one
                 word, path = next(iter(last)), file
                 if len(last) > 1:
-                    raise ValueError(f"--file {file}: of several sets, say which: {', '.join(last)}")
+                    raise Refused(f"--file {file}: of several sets, say which: {', '.join(last)}")
             if word not in last:
-                raise ValueError(f"--file {file}: the sets are {', '.join(last)}")
+                raise Refused(f"--file {file}: the sets are {', '.join(last)}")
             files[last[word]].append(path)
         if args.out:
             for name in args.names:

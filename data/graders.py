@@ -9,6 +9,8 @@
 import re
 from decimal import Decimal
 
+from config import Refused, nearest
+
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")     # the minus of 10-5 is not a sign
 
 
@@ -19,7 +21,7 @@ def exact(completion, answer):
 def number(completion, answer):
     found, gold = last_number(completion), last_number(answer)
     if gold is None:
-        raise ValueError(f"grader 'number' needs an answer with a number, not {answer!r}")
+        raise Refused(f"grader 'number' needs an answer with a number, not {answer!r}")
     return float(found == gold)
 
 
@@ -27,7 +29,7 @@ def boxed(completion, answer):
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise ValueError("grader 'boxed' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+        raise Refused("grader 'boxed' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
     found = last_boxed(completion)
     if found is None:
         return 0.0
@@ -50,7 +52,7 @@ FORMS = {"exact": "{}", "number": "{}", "boxed": "\\boxed{{{}}}", "letter_tag": 
 def grade(grader, completion, answer):
     """Score of a completion (text without its EOS) in [0, 1] by a grader's name."""
     if grader not in GRADERS:
-        raise ValueError(f"unknown grader {grader!r}; there are: {', '.join(GRADERS)}")
+        raise Refused(f"unknown grader {grader!r}; {nearest(grader, GRADERS)}")
     return GRADERS[grader](completion, str(answer))
 
 

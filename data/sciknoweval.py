@@ -14,6 +14,8 @@ import sys
 
 import numpy
 
+from config import Refused
+
 VALIDATION = 30
 # of every domain's sorted test prompts in SDPO's files: says whether the hub's set is still in the same order
 TESTS = {"physics": "890be3c5ed65", "chemistry": "b041d1b1cc79", "material": "35ebf900a537",
@@ -46,7 +48,7 @@ def converter(domain):
             return None
         texts, labels = row["choices"]["text"], row["choices"]["label"]
         if len(texts) != len(labels) or not all(text.strip() for text in [row["question"], *texts]):
-            raise ValueError("an empty question or choice")
+            raise Refused("an empty question or choice")
         choices = "\n".join(f"{label}: {text}" for label, text in zip(labels, texts))
         return prompt_row(SYSTEM, f"{row['question']}\n\n{choices}\nPlease reason step by step.",
                           row["answerKey"])
@@ -55,7 +57,7 @@ def converter(domain):
 
 def prompt_row(system, prompt, answer):
     if not answer or f"\n{answer}: " not in prompt:
-        raise ValueError(f"the answer {answer!r} is no choice's label")
+        raise Refused(f"the answer {answer!r} is no choice's label")
     return {"prompt": [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
             "answer": answer, "grader": "letter_tag"}
 
@@ -71,7 +73,7 @@ def splitter(domain):
         rows = [row for row in rows if question(row) not in tested]
         problems = sorted(set(map(question, rows)), key=digest)
         if len(problems) <= VALIDATION:
-            raise ValueError(f"{len(problems)} {domain} problems to train on are too few for "
+            raise Refused(f"{len(problems)} {domain} problems to train on are too few for "
                              f"{VALIDATION} validation problems")
         if fingerprint(test) != TESTS[domain]:
             print(f"data.convert: the {len(test)} {domain} test problems are not those of SDPO's files: its "

@@ -32,17 +32,67 @@ import contextlib
 import itertools
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from config import fail
+from config import Refused
+from methods import by_branch
+from methods.camopd import demand, top_gap_mass
 
 LARGEST = 2**30                     # bytes of the gradients of all rollouts
 SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has only
 #                                     rounding, which in bfloat16 may be more
 DRAWS = 200
 EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1, 2, 4, 8)     # of gaps on tokens, nats
+
+
+def diagnose(run, gradients):
+    """Return what the branches' gradients are like at the student's present parameters.
+
+    New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
+    gradients(job, parameters, weights): the gradient of a Job for some parameters, with the method's own
+    weights where none are given.
+    """
+    cfg, student, parameters = run.cfg, run.student, watched(run.student, run.cfg.diagnose_layers)
+    count = cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))
+    with run.without_side_effects("diagnose"), only(student, parameters):
+        prompts = [prompt for branch in run.branches for prompt in run.draw(branch, count=count)]
+        rollouts = run.sample(student, prompts, n=1)
+        measured = {branch: measure(run, group, parameters, len(rollouts), gradients)
+                    for branch, group in by_branch(rollouts).items()}
+        shares = {branch: n / sum(run.shares.values()) for branch, n in run.shares.items()}
+        return numbers(student, parameters, measured, shares, cfg)
+
+
+def measure(run, rollouts, parameters, total, gradients):
+    """Return the gradients of one branch: of each rollout alone; of both halves, plain and the method's."""
+    [job] = run.route(rollouts)
+    run.score([job])
+    branch, mass = job.branch, getattr(run.cfg, "mass", {}).get(job.branch, 1)
+    demand_N = torch.stack([demand(run, branch, gap_T) for gap_T in job.gaps])
+    mass = mass if mass < 1 else 0.8                                # where all are kept: what 0.8 would keep
+    halves = [half(job, i) for i in (0, 1)]
+    means, rows = [[torch.zeros_like(p) for p in parameters] for _ in halves], []
+    for i, r in enumerate(rollouts):
+        alone = [torch.full_like(gap_T, float(other is r) / len(r.ids_T))
+                 for other, gap_T in zip(rollouts, job.gaps)]
+        gradient = gradients(job, parameters, alone)
+        for sum_of_half, g in zip(means[i % 2], gradient):
+            sum_of_half += g / len(halves[i % 2].rollouts)
+        rows.append(entries(gradient, total))
+    if run.method.select:
+        own = {name: getattr(run.cfg, name) for name in run.method.own}
+        for job_of_half in halves:
+            run.method.select(run, [job_of_half], **own)
+    steps = [gradients(job_of_half, parameters) for job_of_half in halves]
+    return Measured(torch.stack(rows), means, steps, mass, top_gap_mass(demand_N, mass), demand_N, job.gaps)
+
+
+def half(job, first):
+    """Return a Job on every second rollout of a scored one."""
+    every_second = {name: getattr(job, name)[first::2] for name in ("rollouts", "lp", "lq", "hidden_t")}
+    return replace(job, **every_second)
 
 
 def watched(student, layers):
@@ -53,8 +103,8 @@ def watched(student, layers):
     stacks = [m for m in student.net.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
     found = next((list(stack) for stack in stacks if len(stack) == count), None)
     if found is None or layers > count:
-        fail(f"--diagnose_layers {layers}: the student, a {type(student.net).__name__}, has "
-             + ("no list of its layers" if found is None else f"{count} layers"))
+        raise Refused(f"--diagnose_layers {layers}: the student, a {type(student.net).__name__}, has "
+                      + ("no list of its layers" if found is None else f"{count} layers"))
     return [p for layer in found[-layers:] for p in layer.parameters() if p.requires_grad]
 
 

@@ -13,16 +13,12 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
+from data.check import fixed_texts
 from kernels.chunked import CHUNK_BYTES
+from models import average_values, fake_mode, tensors
 
-from data.prompts import encode_completion, encode_prompt, may_think, reads_nothing
 from .diagnosis import LARGEST, watched
-from methods.feedback import reprompt, told, tutor_prompt
-from config import fail
-from data.graders import can_be_correct, complaint
-from models import averaged, fake_mode, positions, tensors
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # bytes of what cannot run on fake tensors
@@ -54,86 +50,6 @@ class Live(TorchDispatchMode):
 
     def forget(self, key):
         self.now -= self.sizes.pop(key, 0)
-
-
-def check_prompts(run):
-    """Before the first step: every row can be rendered, fits the model, and can be graded or learned from.
-
-    Returns the lengths of the longest prompt, as either model sees it, of the longest completion, and of the
-    longest prompt that a self-teacher or a tutor can get to read.
-    """
-    cfg, method, longest, longest_completion, longest_read = run.cfg, run.method, 0, 0, 0
-    taught, training = bool(cfg.self_teacher), {row_text(r) for rows in run.prompts.values() for r in rows}
-    files = [(cfg.prompts[branch], branch, rows, taught) for branch, rows in run.prompts.items()]
-    files += [(cfg.eval_prompts[name], None, rows, False) for name, rows in run.evals.items()]
-    files += [(cfg.val_prompts[name], None, rows, taught) for name, rows in run.vals.items()]
-    for name, rows in run.vals.items():
-        if seen := sum(row_text(row) in training for row in rows):
-            tqdm.write(f"note: {seen} of {len(rows)} validation prompts of {name} are training prompts, too")
-    for path, branch, rows, taught in files:
-        readers = dict.fromkeys([*run.students, *([run.teachers[branch]] if branch in run.teachers else [])])
-        for model in readers:
-            if reads_nothing(model.tok):
-                fail(f"{model.path}: its chat template leaves out the text of messages")
-        for row in rows:
-            where = f"{path}:{row['row']}"
-            if branch and method.solutions and not isinstance(row.get("solution"), str):
-                fail(f'{where} has no "solution" text, which --method {cfg.method} learns from')
-            if not branch and "answer" not in row:
-                fail(f'{where} has no "answer", so it cannot be evaluated')
-            if method.graded and "answer" not in row:
-                fail(f'{where} has no "answer", which --method {cfg.method} needs for its rewards')
-            for model in readers:
-                try:
-                    ids = encode_prompt(model.tok, row["prompt"], cfg.chat_template_kwargs)
-                    learned = (encode_completion(run.student.tok, row["solution"])
-                               if branch and method.solutions else [])
-                    read = read_beside(run, model, row) if taught else []
-                    if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
-                        fail(f"{where}: the grader {row['grader']} calls no completion correct if the "
-                             f"answer is {row['answer']!r}")
-                except Exception as error:      # templates, tokenizers and graders raise what they like
-                    fail(f"{where}: {error}")
-                most, known = max(ids + learned + read), len(model.net.get_input_embeddings().weight)
-                if most >= known:
-                    fail(f"{where} has the token {model.tok.decode(most)!r}, id {most}, for which "
-                         f"{model.path} has no row ({known})")
-                completion = max(len(learned), cfg.max_new_tokens if method.samples or not branch else 0)
-                longest, longest_completion = max(longest, len(ids)), max(longest_completion, completion)
-                longest_read = max(longest_read, len(read))
-                most, limit = max(len(ids), len(read)) + completion, positions(model)
-                if most > limit:
-                    fail(f"{where}: prompt and completion can have {most} tokens"
-                         + " as the self-teacher reads them" * (len(read) > len(ids)) + f", but {model.path} "
-                         f"has {limit} positions; lower --max_new_tokens or drop the row")
-    if method.samples and may_think(run.student.tok, cfg.chat_template_kwargs):
-        tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
-                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
-                   """--chat_template_kwargs '{"enable_thinking": false}'""")
-    return longest, longest_completion, longest_read
-
-
-def row_text(row):
-    return str(row["prompt"])
-
-
-def read_beside(run, model, row):
-    """Token ids of the longest prompt that a self-teacher can see of a row, or a tutor and what it writes.
-
-    What is not known yet, a rollout and feedback, is some token as often as it may be long.
-    """
-    cfg, kwargs, learned = run.cfg, run.cfg.chat_template_kwargs, run.method.solutions
-    if cfg.method == "star":
-        return encode_prompt(model.tok, told(row["prompt"], run.templates, row["answer"]), kwargs)
-    known = row.get("solution") if learned else "x"
-    if learned and "solution" in row and not reprompt(row["prompt"], run.templates, known):
-        raise ValueError('"solution" is blank, so its self-teacher would see nothing')
-    environment = complaint(row["grader"], "") if "grader" in row else None
-    seen = [reprompt(row["prompt"], run.templates, known, environment, "x")]
-    if cfg.feedback_tokens:
-        seen.append(tutor_prompt(row["prompt"], "x", run.templates, *run.branches, not cfg.no_anchor))
-    longest = max((encode_prompt(model.tok, prompt, kwargs) for prompt in seen), key=len)
-    return longest + longest[-1:] * ((0 if learned else cfg.max_new_tokens) + (cfg.feedback_tokens or 0))
 
 
 def show(run):
@@ -169,26 +85,27 @@ def about_tokens(run):
         print(f"ids      {model.path}: {len(model.tok.get_vocab()):,} in the tokenizer, "
               f"{len(model.net.get_output_embeddings().weight):,} rows in the head; the first "
               f"{run.student.vocab:,} are shared, the other rows have no probability")
-    if run.cfg.self_teacher:
-        print(f"itself   the student is its own teacher ({run.cfg.self_teacher}), and reads up to "
-              f"{run.longest_read:,} tokens before the completion")
+    if kind := getattr(run.cfg, "self_teacher", None):
+        print(f"itself   the student is its own teacher ({kind}), and reads up to "
+              f"{run.longest.read:,} tokens before the completion")
 
 
 def about_prompts(run):
     """The first prompt of every branch as both models see it, and where the loss begins and ends."""
-    kwargs, student = run.cfg.chat_template_kwargs, run.student
+    student = run.student
     for branch, rows in run.prompts.items():
         row, teacher = rows[0], run.teachers.get(branch)
-        seen = encode_prompt(student.tok, row["prompt"], kwargs)
+        seen = student.encode(row["prompt"])
         print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens",
               f"  {student.tok.decode(seen)!r}", sep="\n")
         if teacher:
-            theirs = encode_prompt(teacher.tok, row["prompt"], kwargs)
+            theirs = teacher.encode(row["prompt"])
             print("the teacher sees the same tokens" if theirs == seen else
                   f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
-        *answer, stop = encode_completion(student.tok, row["solution"] if run.method.solutions else "")
+        fixed = next((row[field] for field in fixed_texts(run.method) if field in row), "")
+        *answer, stop = student.encode_completion(fixed)
         token = lambda loss, i: f"  {loss:6}{i:<9}{student.tok.decode(i)!r}"
-        print(f"and where the loss is{', with its solution for a completion' if answer else ''}:",
+        print(f"and where the loss is{', with its fixed text for a completion' if answer else ''}:",
               "  loss  id       token", "  ..", *(token("no", i) for i in seen[-3:]),
               *(token("yes", i) for i in answer[:3]), "  ..", token("yes", stop), sep="\n")
 
@@ -196,8 +113,8 @@ def about_prompts(run):
 def about_steps(run):
     cfg = run.cfg
     print(f"\nsteps    {run.total} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} "
-          f"prompts (at most {run.longest_prompt} tokens) with {cfg.rollouts} completion(s) (at most "
-          f"{run.longest_completion})")
+          f"prompts (at most {run.longest.prompt} tokens) with {getattr(cfg, 'rollouts', 1)} completion(s) (at most "
+          f"{run.longest.completion})")
     mixed = " if every step takes all branches" * (len(run.shares) > 1)
     for branch, count in run.shares.items():
         rows = len(run.prompts[branch])
@@ -234,9 +151,9 @@ def memory(run):
     """
     cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
     students = run.students[:1] if cfg.teacher_device == "swap" else run.students
-    on_cpu, sequences = cfg.device == "cpu", cfg.batch * cfg.rollouts
-    length = run.longest_prompt + run.longest_completion
-    read = max(run.longest_read, run.longest_prompt) + run.longest_completion      # by the teacher
+    on_cpu, sequences = cfg.device == "cpu", cfg.batch * getattr(cfg, "rollouts", 1)
+    length = run.longest.prompt + run.longest.completion
+    read = max(run.longest.read, run.longest.prompt) + run.longest.completion      # by the teacher
     micro, micro_t = (max(1, min(sequences, cfg.micro_tokens // n)) for n in (length, read))
     here = cfg.teacher_device != "cpu" or on_cpu
     always = lambda size: dict.fromkeys(PHASES, size)
@@ -244,7 +161,7 @@ def memory(run):
     if len(students) > 1:
         parts = {"both students' weights": always(sum(map(weight_bytes, students)))}
     if student.average:
-        kept = sum(value.nbytes for s in students for value in averaged(s))
+        kept = sum(value.nbytes for s in students for value in average_values(s))
         parts["moving averages"] = {"score": kept} if cfg.teacher_device == "swap" else always(kept)
     if cfg.teacher_device == "swap":                            # one at a time
         parts["weights of a teacher"] = {"score": max(map(weight_bytes, teachers), default=0)}
@@ -258,17 +175,17 @@ def memory(run):
                    *(len(rows) * cfg.eval_rollouts for rows in run.evals.values())])
     if sampled := min(written, cfg.sample_batch):
         parts[f"sampling {sampled} x {length:,} tokens"] = {
-            "sample": sampling_bytes(student, sampled, run.longest_prompt, length)}
-    reading = [student, *(distinct(run) if here else [])] if run.teachers or cfg.self_teacher else []
+            "sample": sampling_bytes(student, sampled, run.longest.prompt, length)}
+    reading = [student, *(distinct(run) if here else [])] if run.teachers or any(run.self_teachers) else []
     peaks = [forward_bytes(model, micro_t, read) for model in reading]
     parts[f"{micro} x {length:,} tokens through the layers"] = {
         "score": UNKNOWN if UNKNOWN in peaks else max(peaks, default=0),
         "update": update_bytes(student, micro, length, sequences > micro)}
-    tokens = micro * run.longest_completion
+    tokens = micro * run.longest.completion
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
     parts["logits of the fused loss"] = always(buffers) if on_cpu else dict.fromkeys(PHASES[1:], buffers)
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
-    if cfg.diagnose_every:
+    if getattr(cfg, "diagnose_every", 0):
         one, branches = 4 * sum(p.numel() for p in watched(student, cfg.diagnose_layers)), len(run.branches)
         kept = min(one * branches * (cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))), LARGEST)
         parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (4 * branches + 2) + kept}
@@ -297,7 +214,7 @@ def simulation(bytes_of):
 @simulation
 def sampling_bytes(model, sequences, prompt, length):
     """The KV cache at full length, a layer's twice as it grows, logits, bfloat16 copies of the weights."""
-    with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.running():
+    with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.forward_context():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
     grown, largest = 0, 0
@@ -321,7 +238,7 @@ def cast_bytes(model):
 def forward_bytes(model, sequences, length):
     """The peak of a forward pass without gradient."""
     with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live:
-        model.hidden(torch.zeros(sequences, length, dtype=torch.long))
+        model.last_hidden(torch.zeros(sequences, length, dtype=torch.long))
     return live.peak
 
 
@@ -332,7 +249,7 @@ def update_bytes(model, sequences, length, again):
     with fake_mode(), Live(tensors(model.net)) as live:
         for _ in range(2 if again else 1):
             live.peak = 0
-            hidden_BTH = model.hidden(torch.zeros(sequences, length, dtype=torch.long))
+            hidden_BTH = model.last_hidden(torch.zeros(sequences, length, dtype=torch.long))
             hidden_BTH.backward(torch.zeros_like(hidden_BTH))
             del hidden_BTH
     peak = live.peak - sum(p.grad.nbytes for p in parameters if p.grad is not None)

@@ -16,6 +16,7 @@ import string
 import unicodedata
 from pathlib import Path
 
+from config import Refused, nearest
 from data.prompts import is_chat
 
 OUTCOMES = ("kept", "fb_none", "no_concept_tag", "empty", "all_generic", "no_match")     # Table 3
@@ -88,26 +89,26 @@ def read_templates(path):
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"cannot read --templates {path}: {error.strerror}") from None
+        raise Refused(f"cannot read --templates {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise Refused(f"{path}: not JSON ({error})") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: templates are one JSON object, not {str(given)[:60]!r}")
+        raise Refused(f"{path}: templates are one JSON object, not {str(given)[:60]!r}")
     for name, text in given.items():
         if name not in REQUIRED:
-            raise ValueError(f"{path}: unknown template {name!r}; there are: {', '.join(REQUIRED)}")
+            raise Refused(f"{path}: unknown template {name!r}; {nearest(name, REQUIRED)}")
         if not isinstance(text, str):
-            raise ValueError(f"{path}: template {name!r} is text, not {str(text)[:60]!r}")
+            raise Refused(f"{path}: template {name!r} is text, not {str(text)[:60]!r}")
         try:
             found = {field + ("!" + conversion if conversion else "") + (":" + spec if spec else "")
                      for _, field, spec, conversion in string.Formatter().parse(text) if field is not None}
         except ValueError as error:
-            raise ValueError(f"{path}: template {name!r}: {error}; a literal brace is {{{{ or }}}}") from None
+            raise Refused(f"{path}: template {name!r}: {error}; a literal brace is {{{{ or }}}}") from None
         optional = DOMAINS if "response" in REQUIRED[name] else set()
         for what, fields in (("has unknown", found - REQUIRED[name] - optional),
                              ("lacks", REQUIRED[name] - found)):
             if fields:
-                raise ValueError(f"{path}: template {name!r} {what} {{{'}, {'.join(sorted(fields))}}}; "
+                raise Refused(f"{path}: template {name!r} {what} {{{'}, {'.join(sorted(fields))}}}; "
                                  f"its placeholders are {{{'}, {'.join(sorted(REQUIRED[name] | optional))}}}")
     return Templates(**given)
 
@@ -119,7 +120,7 @@ def last_question(prompt):
     for index in reversed(range(len(prompt))):
         if prompt[index]["role"] == "user":
             return index, prompt[index]["content"]
-    raise ValueError(f"a prompt without a message of the user: {str(prompt)[:100]}")
+    raise Refused(f"a prompt without a message of the user: {str(prompt)[:100]}")
 
 
 def reprompt(prompt, templates, solution=None, environment=None, peer=None):
@@ -136,8 +137,8 @@ def reprompt(prompt, templates, solution=None, environment=None, peer=None):
     return with_question(prompt, templates.reprompt, solution=solution, feedback=feedback)
 
 
-def told(prompt, templates, answer):
-    """The prompt with its answer, for a model that is to explain it (STaR's rationalisation, 2203.14465)."""
+def with_answer(prompt, templates, answer):
+    """Return the prompt with its answer, for a model that is to explain it (STaR's rationalisation, 2203.14465)."""
     return with_question(prompt, templates.told, answer=answer)
 
 

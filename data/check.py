@@ -1,0 +1,107 @@
+"""The check of all prompts before the first step: whatever would fail later is refused by file and line."""
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from config import Refused
+from models import ignores_text, may_think
+
+from .graders import can_be_correct
+
+
+def check_prompts(run):
+    """See that every row can be rendered, fits the models, and can be graded or learned from.
+
+    Returns the lengths of the longest prompt, as either model sees it, of the longest completion, and of the
+    longest prompt that a self-teacher or a tutor can get to read: .prompt, .completion, .read.
+    """
+    cfg, longest = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0)
+    for branch, rows in run.prompts.items():
+        readers = dict.fromkeys([*run.students, *([run.teachers[branch]] if branch in run.teachers else [])])
+        check_file(run, cfg.prompts[branch], rows, readers, longest, trained=True, read=run.method.reads)
+    for name, rows in run.evals.items():
+        check_file(run, cfg.eval_prompts[name], rows, run.students, longest)
+    for name, rows in run.gate_prompts.items():
+        check_file(run, cfg.val_prompts[name], rows, run.students, longest, read=run.method.reads)
+    warn_of_training_prompts(run)
+    if run.method.samples and may_think(run.student):
+        tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
+                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
+                   """--chat_template_kwargs '{"enable_thinking": false}'""")
+    return longest
+
+
+def warn_of_training_prompts(run):
+    """Say which validation prompts are training prompts, too."""
+    training = {str(row["prompt"]) for rows in run.prompts.values() for row in rows}
+    for name, rows in run.gate_prompts.items():
+        if seen := sum(str(row["prompt"]) in training for row in rows):
+            tqdm.write(f"note: {seen} of {len(rows)} validation prompts of {name} are training prompts, too")
+
+
+def check_file(run, path, rows, readers, longest, trained=False, read=None):
+    """Check the rows of one file for the models that read them, and note the longest."""
+    for model in readers:
+        if ignores_text(model.tok):
+            raise Refused(f"{model.path}: its chat template leaves out the text of messages")
+    for row in rows:
+        where = f"{path}:{row['row']}"
+        check_fields(run, where, row, trained)
+        for model in readers:
+            try:
+                check_row(run, row, model, longest, trained, read)
+            except Exception as error:              # templates, tokenizers and graders raise what they like
+                raise Refused(f"{where}{'' if isinstance(error, Unfit) else ':'} {error}") from None
+
+
+class Unfit(Refused):
+    """What is wrong with a row, as the end of a sentence that begins with its place."""
+
+
+def check_fields(run, where, row, trained):
+    """Refuse a row without what the method learns from, or evaluation compares with."""
+    method, name = run.method, run.cfg.method
+    if not trained:
+        if "answer" not in row:
+            raise Refused(f'{where} has no "answer", so it cannot be evaluated')
+        return
+    for need in method.needs:
+        if not any(field in row for field in need.split("|")):
+            what = {"solution": "text, which --method {} learns from",
+                    "answer": "which --method {} needs for its rewards"}.get(need, "which --method {} needs")
+            fields = '" or "'.join(need.split("|"))
+            comma = " " if need == "solution" else ", "
+            raise Refused(f'{where} has no "{fields}"{comma}{what.format(name)}')
+    for field in fixed_texts(method):
+        if field in row and not isinstance(row[field], str):
+            raise Refused(f'{where} has no "{field}" text, which --method {name} learns from')
+
+
+def fixed_texts(method):
+    """Return the fields of a row that a method learns from as they are."""
+    fields = {field for need in method.needs for field in need.split("|")}
+    return [field for field in ("solution", "chosen", "rejected") if field in fields]
+
+
+def check_row(run, row, model, longest, trained, read):
+    """Refuse a row that this model cannot read, or whose completion has no room or cannot be correct."""
+    cfg, method = run.cfg, run.method
+    ids = model.encode(row["prompt"])
+    texts = [run.student.encode_completion(row[field]) for field in fixed_texts(method) if field in row]
+    learned = max(texts, key=len, default=[]) if trained else []
+    seen = read(run, model, row) if read else []
+    if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
+        raise Refused(f"the grader {row['grader']} calls no completion correct if the answer is "
+                      f"{row['answer']!r}")
+    most, known = max(ids + learned + seen), len(model.net.get_input_embeddings().weight)
+    if most >= known:
+        raise Unfit(f" has the token {model.tok.decode(most)!r}, id {most}, for which {model.path} has no row "
+                    f"({known})")
+    completion = max(len(learned), cfg.max_new_tokens if method.samples or not trained else 0)
+    longest.prompt, longest.completion = max(longest.prompt, len(ids)), max(longest.completion, completion)
+    longest.read = max(longest.read, len(seen))
+    most = max(len(ids), len(seen)) + completion
+    if most > model.positions:
+        raise Refused(f"prompt and completion can have {most} tokens"
+                      + " as the self-teacher reads them" * (len(seen) > len(ids)) + f", but {model.path} has "
+                      f"{model.positions} positions; lower --max_new_tokens or drop the row")

@@ -1,0 +1,98 @@
+"""Learning from oneself: the teacher is the student, which reads something that helps beside the prompt."""
+from data.graders import complaint
+from data.prompts import prompt_text
+
+from . import EMA, FROZEN, any_divergence, by_prompt, jobs_by_branch, method, prompt_key, written_once
+from .feedback import reprompt, with_answer
+
+
+def reads_answer(run, model, row):
+    """Return what a self-teacher reads that is told the answer."""
+    return model.encode(with_answer(row["prompt"], run.templates, row["answer"]))
+
+
+@method(losses=("nll",), teachers="none", needs=("answer",), defaults=FROZEN, reads=reads_answer)
+def star(run):
+    """Maximum likelihood on the student's own rationales: it is told the answer and writes how to get there.
+
+    After STaR's rationalisation, 2203.14465: the self-teacher, here the student as it started, writes once
+    per prompt. What does not end in the answer it was told is left out, and the student is not told.
+    """
+    def write(prompts):
+        hinted = [p | {"prompt": with_answer(p["prompt"], run.templates, p["answer"])} for p in prompts]
+        return run.sample(run.self_teacher(run.student), hinted, n=1)
+
+    for step in run.steps():
+        rollouts = written_once(run, run.draw(), write)
+        correct = [float(r.reward == 1) for r in rollouts]
+        yield jobs_by_branch(run, run.student, None, rollouts, correct)
+
+
+def reads_solution(run, model, row):
+    """Return the longest prompt of a self-teacher that reads the reference solution."""
+    if not (seen := reprompt(row["prompt"], run.templates, row["solution"])):
+        raise ValueError('"solution" is blank, so its self-teacher would see nothing')
+    return model.encode(seen)
+
+
+@method(losses=any_divergence("jsd"), teachers="none", needs=("solution",), reads=reads_solution,
+        defaults=FROZEN | dict(rollouts=1))
+def opsd(run):
+    """On-policy self-distillation: the self-teacher, the student as it started, sees the reference solution.
+
+    Zhao et al., 2601.18734; the divergence over the full vocabulary, without their clip of single entries.
+    """
+    for step in run.steps():
+        rollouts = run.sample(run.student, run.draw())
+        yield self_taught(run, run.student, rollouts, [r.prompt["solution"] for r in rollouts])
+
+
+def reads_rollout(run, model, row):
+    """Return the longest prompt of a self-teacher that reads another rollout and the environment's word.
+
+    The rollout is not known yet: it is some token, as often as the rollout may be long.
+    """
+    seen = reprompt(row["prompt"], run.templates, "x", complaint(row["grader"], ""))
+    ids = model.encode(seen)
+    return ids + ids[-1:] * run.cfg.max_new_tokens
+
+
+@method(losses=any_divergence("jsd"), teachers="none", needs=("answer",), reads=reads_rollout,
+        defaults=EMA | dict(rollouts=8, importance_cap=2.0, support="student_tail", top_k=100))
+def sdpo(run, *, no_environment: bool = False):
+    """Self-distillation policy optimisation: the teacher is the student that sees how it can be done.
+
+    Hübotter et al., 2601.20802. It sees another rollout of the student's own that is correct, or else what
+    the environment had to say, here that an answer cannot be graded. Rollouts with neither have no loss.
+
+    no_environment  say nothing about answers that cannot be graded; OPCoD's baseline
+    """
+    for step in run.steps():
+        rollouts = run.sample(run.student, run.draw())
+        solutions = demonstrations(rollouts)
+        environment = [None if solution or no_environment else complaint(r.prompt["grader"], r.text)
+                       for r, solution in zip(rollouts, solutions)]
+        yield self_taught(run, run.student, rollouts, solutions, environment)
+
+
+def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
+    """Return Jobs with the student's self-teacher, which reads what is given here beside each rollout's prompt.
+
+    A rollout has no weight if nothing is given, or if the text leaves no room for the rollout (what is decoded
+    may have more tokens when it is read).
+    """
+    teacher, nothing, informed = run.self_teacher(student), [None] * len(rollouts), []
+    for r, *given in zip(rollouts, solutions, environment or nothing, peer or nothing, strict=True):
+        seen = reprompt(r.prompt["prompt"], run.templates, *given)
+        ids = teacher.encode(seen) if seen else None
+        informed.append(float(bool(ids) and run.fits(ids, len(r.ids_T))))
+        if informed[-1]:
+            r.teacher_ids, r.notes["teacher_sees"] = ids, prompt_text(seen)
+    return jobs_by_branch(run, student, teacher, rollouts, informed)
+
+
+def demonstrations(rollouts):
+    """Return for every rollout the earliest correct one of its prompt, but not itself; None: there is none."""
+    correct = {key: [r for r in group if r.reward == 1] for key, group in by_prompt(rollouts).items()}
+    return [next((other.text for other in correct[prompt_key(r.prompt)] if other is not r), None)
+            for r in rollouts]
