@@ -3,11 +3,11 @@
     FLAGS             the general flags. A flag that is marked `of_methods` exists for the methods that name it
     METHODS           (methods/) a method's own flags are the keyword arguments of its generator: the default
                       and the type come from the signature, the help from its docstring
-    parse             the command line -> the settings, complete and checked, or one clear line
-    find_checkpoint   where --resume continues, if no setting has changed that would make another experiment
+    parse             from the command line to the settings, complete and checked, or one clear line
+    check_resume      whether --out is free, or holds a run that --resume may continue
 
-Two rules follow from the tables and are written nowhere else: a flag that has no effect is refused, and
---resume may change what is marked `resume` and nothing else.
+Two rules follow from the tables and are written nowhere else: a flag is refused where its condition `only`
+does not hold, as it would have no effect, and --resume may change what is marked `resume` and nothing else.
 """
 import argparse
 import difflib
@@ -16,6 +16,7 @@ import math
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,15 +87,16 @@ class PerBranch:
     The default is a number, or a pair: the first branch's number and the others'.
     """
 
+    shown = "[BRANCH=]X"
+
     def __init__(self, most=math.inf):
         self.number = number(float, least=0, most=most)
 
-    def complete(self, value, default, branches, flag):
-        """Return {branch: number} for every branch."""
+    def complete(self, given, default, branches, flag):
+        """Return {branch: number} for every branch. given: the words after the flag, or None."""
         first, others = default if isinstance(default, tuple) else (default, default)
         numbers = dict.fromkeys(branches, others) | {branches[0]: first}
-        given = value if isinstance(value, list) else []
-        for name, text in pairs(given, flag, "").items():
+        for name, text in pairs(given or [], flag, "").items():
             if name and name not in branches:
                 raise Refused(f"{flag} names {name}, but the branches are: {', '.join(branches)}")
             try:
@@ -113,21 +115,25 @@ class Ratio:
     The default is given for two branches; further ones get 1 each.
     """
 
+    shown = "N:M"
+
     def __init__(self, *words):
         self.words = words
 
-    def complete(self, value, default, branches, flag):
-        """Return the text, one positive whole number for each branch."""
-        if value is None or value in self.words:
-            return value
-        if value == default:
-            return ":".join([*value.split(":"), *"1" * len(branches)][:len(branches)])
-        counts = value.split(":")
-        if len(counts) != len(branches) or not all(n.isdecimal() and int(n) for n in counts):
-            example = ":".join(["3", "1", "1", "1", "1"][:len(branches)])
-            raise Refused(f"{flag} {value} is not a positive whole number for each of the {len(branches)} "
-                          f"branches ({', '.join(branches)}), as in {example}")
-        return value
+    def complete(self, given, default, branches, flag):
+        """Return the text with one number for each branch, or the word. given: the text, or None."""
+        if given is None:
+            return default if default in (None, *self.words) else self.padded(default, branches)
+        counts = given.split(":")
+        fits = len(counts) == len(branches) and all(n.isdecimal() and int(n) for n in counts)
+        if not fits and given not in self.words:
+            raise Refused(f"{flag} {given} is not a positive whole number for each of the {len(branches)} "
+                          f"branches ({', '.join(branches)}), as in {self.padded('3', branches)}")
+        return given
+
+    def padded(self, text, branches):
+        """Return a ratio for fewer or more branches than it has numbers."""
+        return ":".join([*text.split(":"), *["1"] * len(branches)][:len(branches)])
 
 
 def pairs(values, flag, default):
@@ -170,7 +176,7 @@ class Flag:
     about: str                      # unit, meaning and source
     type: Callable = str            # bool: a switch without a value
     words: str | int | None = None  # "+": one or several words; a number: exactly so many
-    shown: str | None = None        # the placeholder in --help
+    shown: str | tuple | None = None  # the placeholder in --help, one for each of several words
     only: tuple | None = None       # (settings -> whether the flag has an effect, the condition in words)
     resume: bool | Callable = False  # whether --resume may change it: always, or (settings -> bool)
     of_methods: bool = False        # exists only for methods that have a default for it
@@ -185,11 +191,13 @@ def knob_flags():
         first, pair = DIVERGENCES[names[0]], isinstance(DIVERGENCES[names[0]].default, tuple)
         flags[knob] = Flag(list(first.default) if pair else first.default,
                            f"{' and '.join(names)}: {first.about}", FINITE, words=2 if pair else None,
+                           shown=("A", "B") if pair else None,
                            only=(lambda c, names=names: c.loss in names, f"--loss {' or '.join(names)}"))
     return flags
 
 
 def has_divergence(c):
+    """Whether the loss is a divergence over the vocabulary, not of the sampled token only."""
     return c.loss in DIVERGENCES
 
 
@@ -270,7 +278,8 @@ FLAGS = {
         "warmup": Flag(0, "steps of linear warm-up", AMOUNT),
         "optimizer": Flag("adamw", "adamw, sgd, or muon: hidden matrices by Muon, scaled to AdamW's step "
                           "size, the rest by AdamW", OneOf("adamw", "muon", "sgd")),
-        "adam_beta2": Flag(0.95, "AdamW's second beta (the first is 0.9)", SHARE),
+        "adam_beta2": Flag(0.95, "AdamW's second beta (the first is 0.9)", SHARE,
+                           only=(lambda c: c.optimizer != "sgd", "an --optimizer other than sgd")),
         "weight_decay": Flag(0.01, "on matrices; norms and biases do not decay", NOT_NEGATIVE),
         "grad_clip": Flag(1.0, "largest gradient norm; 0 = no clipping", NOT_NEGATIVE),
         "micro_tokens": Flag(4096, "tokens per forward pass with padding: memory, not results", COUNT,
@@ -296,8 +305,9 @@ FLAGS = {
                               only=SAMPLED_EVALUATION),
         "gate_rollouts": Flag(16, "completions per validation prompt of the gate, as in evaluation", COUNT,
                               of_methods=True, only=SAMPLED_EVALUATION),
-        "eval_temperature": Flag(0.0, "0 = greedy", NOT_NEGATIVE),
-        "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY)},
+        "eval_temperature": Flag(0.0, "of evaluation; 0 = greedy", NOT_NEGATIVE),
+        "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY,
+                           only=SAMPLED_EVALUATION)},
     "diagnosis: what the gradients are like (lab/diagnosis.py)": {
         "diagnose_every": Flag(0, "before the first step, after every K and the last, measure cosine, coherence "
                                "and noise of the gradients, the gap's spread, and the size of each branch's "
@@ -339,7 +349,8 @@ def own_flags(methods):
             if name not in GENERAL and name not in out:
                 users = ", ".join(n for n, other in methods.items() if name in other.own)
                 words = "+" if isinstance(own.type, PerBranch) else None
-                out[name] = Flag(own.default, f"{users}: {own.about}", own.type, words)
+                out[name] = Flag(own.default, f"{users}: {own.about}", own.type, words,
+                                 shown=getattr(own.type, "shown", None))
     return out
 
 
@@ -373,19 +384,34 @@ def placeholder(flag):
 
 
 def help_text(name, flag, methods):
-    """Return a flag's explanation with its default, and with the methods that have another one."""
-    text = flag.about
-    if isinstance(flag.type, OneOf) and len(flag.type.names) > 3:
-        text += f" ({', '.join(flag.type.names)})"
-    if flag.default not in (None, False, [], {}, "") and not flag.of_methods:
-        text += f" (default: {flag.default})"
-    by_default = {}
+    """Return a flag's explanation, with the names that it can be and its default."""
+    text, names = flag.about, getattr(flag.type, "names", methods if name == "method" else ())
+    if not all(name in text for name in names):
+        text += f" ({', '.join(names)})"
+    return (text + default_text(name, flag, methods)).replace("%", "%%")
+
+
+def default_text(name, flag, methods):
+    """Return " (default: full; student_tail for sdpo, opcod)", or for a flag without one " (for opcod)"."""
+    users = {}                                              # a default in words -> the methods that have it
     for method, other in methods.items():
         if name in GENERAL and name in other.defaults:
-            by_default.setdefault(str(other.defaults[name]), []).append(method)
-    if by_default and name not in ("method", "val_prompts", "templates"):
-        text += f" (default: {'; '.join(f'{x} for {chr(44).join(m)}' for x, m in by_default.items())})"
-    return text.replace("%", "%%")
+            users.setdefault(in_words(other.defaults[name]), []).append(method)
+    general = "" if flag.of_methods or "default:" in flag.about else in_words(flag.default)
+    parts = [general] if general else []
+    parts += [f"{value} for {', '.join(some)}".strip() for value, some in users.items()]
+    if not parts:
+        return ""
+    return f" (default: {'; '.join(parts)})" if general or any(users) else f" ({'; '.join(parts)})"
+
+
+def in_words(value):
+    """Return a default as it would be typed; "" for nothing."""
+    if value is None or value is False or value in ([], {}):
+        return ""
+    if isinstance(value, (list, tuple)):
+        return " ".join(in_words(x) for x in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def parse_words(argv, about, methods):
@@ -397,8 +423,8 @@ def parse_words(argv, about, methods):
     if unknown:
         known = [f"--{name}" for name in GENERAL | own_flags(methods)]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        raise Refused(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else
-                                                      "; --help all lists every flag"))
+        hint = f"did you mean {close[0]}?" if close else "--help all lists every flag"
+        raise Refused(f"unknown {'flag' if unknown[0][0] == '-' else 'word'} {unknown[0]}; {hint}")
     return vars(given)
 
 
@@ -409,7 +435,6 @@ def parse(argv, about, methods):
 
     A flat namespace with every general flag and the method's own. argv: words, None for the program's.
     """
-    import sys
     given = parse_words(sys.argv[1:] if argv is None else list(argv), about, methods)
     for flag in ("student", "prompts"):
         if not given.get(flag):
@@ -427,7 +452,7 @@ def parse(argv, about, methods):
     take_method_flags(cfg, given, method, methods)
     complete_objective(cfg, given, method)
     match_teachers(cfg, method, branches)
-    complete_branches(cfg, method, branches)
+    complete_branches(cfg, given, method, branches)
     check_students(cfg, method)
     check_effects(cfg, given, own_flags(methods))
     complete_machine(cfg)
@@ -453,6 +478,8 @@ def complete_objective(cfg, given, method):
     if cfg.loss not in method.losses:
         raise Refused(f"--method {cfg.method} cannot use --loss {cfg.loss}; "
                       f"it can use: {', '.join(method.losses)}")
+    if cfg.importance[0] >= cfg.importance[1]:
+        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     if not has_divergence(cfg):
         for flag in ("target", "support", "top_k"):
             if flag in given:
@@ -468,8 +495,6 @@ def complete_objective(cfg, given, method):
             check_support(cfg.loss, cfg.support, cfg.top_k)
     except ValueError as error:
         raise Refused(str(error)) from None
-    if cfg.importance[0] >= cfg.importance[1]:
-        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
 
 
 def knob(cfg):
@@ -491,14 +516,14 @@ def match_teachers(cfg, method, branches):
         raise Refused(f"--method {cfg.method} has one teacher; with several use --method mopd or camopd")
 
 
-def complete_branches(cfg, method, branches):
+def complete_branches(cfg, given, method, branches):
     """Complete the settings that have a value for every branch."""
     if hasattr(cfg, "val_prompts"):
         cfg.val_prompts = pairs(cfg.val_prompts, "--val_prompts", "main")
-    cfg.mixture = Ratio().complete(cfg.mixture, None, branches, "--mixture")
+    cfg.mixture = Ratio().complete(given.get("mixture"), None, branches, "--mixture")
     for name, own in method.own.items():
-        if hasattr(own.type, "complete"):
-            setattr(cfg, name, own.type.complete(getattr(cfg, name), own.default, branches, f"--{name}"))
+        if isinstance(own.type, (PerBranch, Ratio)):
+            setattr(cfg, name, own.type.complete(given.get(name), own.default, branches, f"--{name}"))
     mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # else a step takes a whole batch of one branch
     if mixed and not all(split(cfg.batch, cfg.mixture, branches).values()):
         raise Refused(f"--batch {cfg.batch} leaves a branch without prompts in the mixture "

@@ -1,25 +1,50 @@
 """The objectives: what the student's distribution p is asked to do about the teacher's distribution q.
 
-An objective is four orthogonal choices, and the fused operation in kernels/ takes each of them separately:
+An objective is four independent choices, and the fused operation in kernels/ takes each of them separately:
 
-    row      one divergence, as a formula per vocabulary entry            DIVERGENCES
-    target   the teacher's logits become a * w + b * sg(z)                mix, target_at
-    support  which vocabulary entries count                               SUPPORTS, total
-    weight   one number per token: padding, selection, scale, advantage   methods.py and the loop
+    divergence   a formula per vocabulary entry                                DIVERGENCES
+    target       what the student is compared with, the teacher or a mixture   mix, target_at
+    support      which vocabulary entries count                                SUPPORTS, total
+    weight       one number per token: padding, selection, scale, advantage    methods/ and the loop (opd.py)
 
-A row is `(lp, lq, p, q, knob) -> (value, slope)` with lp = log p(v), lq = log q(v), for one vocabulary
-entry v or for a tensor of them. The divergence of a token is the sum of `value` over the vocabulary; `slope`
-is d value / d lp with the teacher fixed. One gradient with respect to the student's logits z then serves
-them all:
+**The divergence.** A formula is `(lp, lq, p, q, knob) -> (value, slope)` with lp = log p(v), lq = log q(v),
+for one vocabulary entry v or for a tensor of them. The divergence of a token is the sum of `value` over the
+vocabulary; `slope` is d value / d lp with the teacher fixed. One gradient with respect to the student's
+logits z then serves them all:
 
     dz = weight * (slope - p * sum(slope)) / temperature
 
-The sampled-token losses fit too: -log p(y) has slope -1 at v = y and 0 elsewhere. With weight 1 on the
-reference tokens it is maximum likelihood; with the advantage as weight on the student's own tokens it is a
-policy gradient.
+    --loss       per token                                                    knob               source
+    fkl          KL(q || p): p covers everything q does                                          Hinton 2015
+    rkl          KL(p || q): p keeps to what q approves of                                       MiniLLM
+    jeffreys     KL(q || p) + KL(p || q)
+    jsd          b KL(q || m) + (1-b) KL(p || m), m = b q + (1-b) p           --jsd_beta         GKD
+    skew_fkl     KL(q || a q + (1-a) p)                                       --skew_alpha       DistiLLM
+    skew_rkl     KL(p || a p + (1-a) q)                                       --skew_alpha       DistiLLM
+    todi         a q log(q/p) + (1-a) p log(p/q), a = sigmoid(b log(q/p))     --todi_beta        ToDi
+    power        1/(l(l+1)) q [(q/p)^l - 1]                                   --power_lambda     REDistill
+    alpha_beta   -1/(ab) [q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b)]        --alpha_beta A B   ABKD
+    akl          fkl and rkl, weighted by the gaps in q's head and tail       --akl_mu           AKL
+    tvd          1/2 |p - q|
+    pg           -w A log p(y), A = log q(y) - log p(y), w as in eq. 2        --importance       CaMOPD
+    nll          -log p(y)
 
-To add a divergence: one function here with the name of its knob, the same lines in kernels/rows_triton.py.
-The command line, the other backends and the parametrised tests pick it up.
+The last two look at the sampled token only. They fit, too: -log p(y) has slope -1 at v = y and 0 elsewhere.
+With weight 1 on reference tokens it is maximum likelihood; with an advantage as weight on the student's own
+tokens it is a policy gradient. (Of REDistill, a paper on image classification, the order of p and q is ours.)
+
+**The target**, `--target`: the `teacher`; `veto`, q p^beta renormalised, with beta falling to 0 (2601.07155);
+`taid`, a mixture of both models' logits that ends at the teacher (2501.16937, without its adaptive pace).
+
+**The support**, `--support`: `full`, or the `--top_k` largest entries of `student_*` or `teacher_*`. The
+others count for nothing (`*_raw`), for nothing and without the gradient of the kept mass (`*_sg`), have no
+probability (`*_renorm`), or are one more entry (`*_tail`). This follows "The Many Faces of OPD", 2605.11182,
+but the entries are chosen at every update, not once at the rollout. `*_sg` is that paper's for `rkl`; for
+other divergences it is our generalisation.
+
+To add a divergence: one function here with the name of its knob, and the same lines in
+kernels/rows_triton.py. The command line, the other backends and the parametrised tests pick it up. This file
+needs nothing but torch.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,44 +56,45 @@ MASKED = -1e30      # logit of an entry that is left out; finite, since -inf min
 CLAMP = 70.0        # largest exponent of power and alpha_beta: a sum of e^70 over a vocabulary is finite
 
 
-# ---- rows --------------------------------------------------------------------------------------------------
+# ---- divergences -------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Row:
-    """A divergence. `knob` is the name of its parameter, on the command line too; None: it has none."""
+class Divergence:
+    """A formula with its knob."""
     formula: Callable
-    knob: str | None
-    default: float | tuple | None
-    about: str                          # of the knob
+    knob: str | None                    # the name of its parameter and its flag; None: it has none
+    default: float | tuple | None       # the paper's value of the knob
+    about: str                          # what the knob does
     usable: Callable                    # knob -> whether it makes sense
-    elementwise: bool                   # False: the formula needs whole rows, in order
+    elementwise: bool                   # False: the formula needs all logits of a token, in order
 
 
-DIVERGENCES = {}    # name -> Row
+DIVERGENCES = {}    # name -> Divergence
 
 
-def row(knob=None, default=None, about="", usable=lambda knob: True, elementwise=True):
-    def register(formula):
-        DIVERGENCES[formula.__name__] = Row(formula, knob, default, about, usable, elementwise)
-        return formula
+def formula(knob=None, default=None, about="", usable=lambda knob: True, elementwise=True):
+    """Register a function as a divergence under its own name."""
+    def register(function):
+        DIVERGENCES[function.__name__] = Divergence(function, knob, default, about, usable, elementwise)
+        return function
     return register
 
 
-@row()
+@formula()
 def fkl(lp, lq, p, q, knob):
     """Forward KL(q || p) = sum q (lq - lp): p covers everything q does. Hinton et al., 1503.02531."""
     return q * (lq - lp), -q
 
 
-@row()
+@formula()
 def rkl(lp, lq, p, q, knob):
     """Reverse KL(p || q) = sum p (lp - lq): p keeps to what q approves of. MiniLLM, 2306.08543, eq. 1."""
     value = p * (lp - lq)
     return value, value + p
 
 
-@row("jsd_beta", 0.5, "weight of the teacher in the mixture, between 0 and 1 (use fkl and rkl there); "
-     "GKD 2306.13649", lambda b: 0 < b < 1)
+@formula("jsd_beta", 0.5, "weight of the teacher in the mixture, between 0 and 1 (use fkl and rkl there); "
+         "GKD 2306.13649", lambda b: 0 < b < 1)
 def jsd(lp, lq, p, q, b):
     """Generalised Jensen-Shannon: b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p.
 
@@ -80,7 +106,7 @@ def jsd(lp, lq, p, q, b):
     return b * q * (lq - lm) + pull, pull
 
 
-@row()
+@formula()
 def jeffreys(lp, lq, p, q, knob):
     """KL(q || p) + KL(p || q)."""
     ratio = lp - lq
@@ -91,14 +117,14 @@ SKEW = ("skew_alpha", 0.1, "weight of the expectation's own distribution in the 
         "DistiLLM 2402.03898", lambda a: 0 < a < 1)
 
 
-@row(*SKEW)
+@formula(*SKEW)
 def skew_fkl(lp, lq, p, q, a):
     """KL(q || a q + (1 - a) p). DistiLLM, 2402.03898."""
     lm = log_mixture(a, q, p)
     return q * (lq - lm), (a - 1) * p * torch.exp(lq - lm)
 
 
-@row(*SKEW)
+@formula(*SKEW)
 def skew_rkl(lp, lq, p, q, a):
     """KL(p || (1 - a) q + a p). DistiLLM, 2402.03898."""
     lm = log_mixture(a, p, q)
@@ -106,8 +132,8 @@ def skew_rkl(lp, lq, p, q, a):
     return value, value + p - a * p * torch.exp(lp - lm)
 
 
-@row("todi_beta", 1.0, "how sharply log q/p decides between forward and reverse, above 0; ToDi 2505.16297",
-     lambda b: 0 < b <= 1e4)
+@formula("todi_beta", 1.0, "how sharply log q/p decides between forward and reverse, above 0; ToDi "
+         "2505.16297", lambda b: 0 < b <= 1e4)
 def todi(lp, lq, p, q, b):
     """Token-wise: sum a q (lq - lp) + (1 - a) p (lp - lq) with a = sg sigmoid(b (lq - lp)). 2505.16297."""
     ratio = lp - lq
@@ -115,21 +141,21 @@ def todi(lp, lq, p, q, b):
     return ((1 - a) * p - a * q) * ratio, (1 - a) * p * (ratio + 1) - a * q
 
 
-@row("power_lambda", 2 / 3, "order of D_lambda(q || p), not 0 (fkl) or -1 (rkl); -1 - lambda swaps q and p; "
-     "REDistill 2602.04677", lambda lam: min(abs(lam), abs(lam + 1)) >= 1e-3 and abs(lam) <= 100)
+@formula("power_lambda", 2 / 3, "order of D_lambda(q || p), not 0 (fkl) or -1 (rkl); -1 - lambda swaps q and "
+         "p; REDistill 2602.04677", lambda lam: min(abs(lam), abs(lam + 1)) >= 1e-3 and abs(lam) <= 100)
 def power(lp, lq, p, q, lam):
     """Cressie-Read: 1 / (lam (lam + 1)) sum q [(q / p)^lam - 1]. REDistill, 2602.04677, takes lam = 2/3."""
     r = clamped_exp(lq + lam * (lq - lp))
     return (r - q) / (lam * (lam + 1)), -r / (lam + 1)
 
 
-@row("akl_mu", 0.5, "teacher's probability that counts as the head, between 0 and 1; 2404.02657",
-     lambda mu: 0 < mu < 1, elementwise=False)
+@formula("akl_mu", 0.5, "teacher's probability that counts as the head, between 0 and 1; 2404.02657",
+         lambda mu: 0 < mu < 1, elementwise=False)
 def akl(lp, lq, p, q, mu):
     """Adaptive KL: forward and reverse KL weighted by the gaps |p - q| in q's head and tail. 2404.02657.
 
-    Head: the teacher's largest entries that hold up to mu of its mass, the largest one always. Sorts every
-    row, so there is no Triton version, and only the full vocabulary.
+    Head: the teacher's largest entries that hold up to mu of its mass, the largest one always. It sorts the
+    vocabulary of every token, so there is no Triton version, and only the full support.
     """
     order = q.argsort(dim=-1, descending=True, stable=True)
     in_order = q.gather(-1, order).cumsum(-1) <= mu
@@ -142,8 +168,9 @@ def akl(lp, lq, p, q, mu):
     return ((1 - share) * p - share * q) * ratio, (1 - share) * p * (ratio + 1) - share * q
 
 
-@row("alpha_beta", (0.2, 0.7), "exponents A of q and B of p, neither 0 (1 0 is fkl, 0 1 is rkl), A + B "
-     "above 0; ABKD 2505.04560", lambda ab: min(abs(ab[0]), abs(ab[1]), sum(ab)) >= 1e-3 and max(ab) <= 100)
+@formula("alpha_beta", (0.2, 0.7), "exponents A of q and B of p, neither 0 (1 0 is fkl, 0 1 is rkl), A + B "
+         "above 0; ABKD 2505.04560",
+         lambda ab: min(abs(ab[0]), abs(ab[1]), sum(ab)) >= 1e-3 and max(ab) <= 100)
 def alpha_beta(lp, lq, p, q, knob):
     """-1/(ab) sum q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b). ABKD, 2505.04560."""
     a, b = knob
@@ -151,24 +178,24 @@ def alpha_beta(lp, lq, p, q, knob):
     return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
 
 
-@row()
+@formula()
 def tvd(lp, lq, p, q, knob):
     """Total variation: 1/2 sum |p - q|."""
     return 0.5 * (p - q).abs(), 0.5 * p * torch.sign(p - q)
 
 
 def log_mixture(a, p, q):
-    """log(a p + (1 - a) q). Nothing cancels in a sum of positive terms; where both are 0, the least float."""
+    """Return log(a p + (1 - a) q), a sum in which nothing cancels; where both are 0, of the least float."""
     return torch.log((a * p).add_(q, alpha=1 - a).clamp_(min=torch.finfo(p.dtype).tiny))
 
 
 def clamped_exp(x):
-    """e^x with x no larger than CLAMP; its slope does not vanish there: a student far off is still pulled."""
+    """Return e^x with x at most CLAMP. The slope does not vanish there: a student far off is still pulled."""
     return torch.exp(x - (x - CLAMP).clamp(min=0).detach())
 
 
 def lookup(name, knob=None):
-    """(row, knob) of a divergence; knob None: the paper's default. Refuses unknown names, unusable knobs."""
+    """Return (Divergence, knob); knob None: the paper's. Refuses unknown names and unusable knobs."""
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; there are: {', '.join(DIVERGENCES)}")
     found = DIVERGENCES[name]
@@ -184,7 +211,7 @@ def lookup(name, knob=None):
 # ---- targets and supports ----------------------------------------------------------------------------------
 
 def mix(z, w, target):
-    """The logits of the target: a * w + b * z. A zero factor drops its term."""
+    """Return the logits of the target, a * w + b * z. A zero factor drops its term."""
     a, b = target
     if b == 0:
         return w if a == 1 else a * w
@@ -192,7 +219,7 @@ def mix(z, w, target):
 
 
 def target_at(name, start, done):
-    """The (a, b) of `mix` when the fraction `done` (0 to 1) of the training is over.
+    """Return the (a, b) of `mix` when the fraction `done` (0 to 1) of the training is over.
 
     teacher   (1, 0) throughout
     veto      (1, beta): q p^beta, renormalised. beta falls linearly from `start` to 0. Veto, 2601.07155
@@ -207,17 +234,17 @@ SUPPORTS = ("full", *(f"{whose}_{form}" for whose in ("student", "teacher")
 
 
 def top_entries(logits_NV, k):
-    """Boolean [N, V]: the k largest logits of every row, and all that tie with the last of them."""
+    """Return a boolean [N, V]: the k largest logits of every token, and all that tie with the last one."""
     return logits_NV >= logits_NV.topk(min(k, logits_NV.shape[-1]), -1).values[..., -1:]
 
 
 def restrict(logits_NV, keep_NV):
-    """Logits with no probability outside `keep_NV`."""
+    """Return logits with no probability outside `keep_NV`."""
     return logits_NV.masked_fill(~keep_NV, MASKED)
 
 
 def total(name, knob, lp, lq, p, q, keep=None, form=None):
-    """(value_N, slope_NV) of a divergence from the log-probabilities of a support's entries.
+    """Return (value_N, slope_NV) of a divergence from the log-probabilities of a support's entries.
 
     keep None: the full vocabulary, or renormalised logits. Otherwise the top-k entries count, and `form` says
     what becomes of the others ("The Many Faces of OPD", 2605.11182):
@@ -243,7 +270,7 @@ def total(name, knob, lp, lq, p, q, keep=None, form=None):
 
 
 def mass_slope(name, knob):
-    """c with slope = c p wherever p = q: no effect over the full vocabulary, but one over a part of it."""
+    """Return c with slope = c p wherever p = q: without effect on the full vocabulary, but not on a part."""
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     return DIVERGENCES[name].formula(zero, zero, one, one, knob)[1].item()
 
@@ -262,7 +289,7 @@ def check_support(name, support, top_k):
 
 def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0), support="full",
                top_k=None):
-    """The dense reference: divergence of softmax(z / temperature) from the target, per token.
+    """Return the divergence of softmax(z / temperature) from the target, per token: the dense reference.
 
     z_NV: the student's logits, any float dtype (float64 stays float64); differentiable in z only.
     w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first. Both are floored at FLOOR;
@@ -310,7 +337,7 @@ class Objective:
 
 
 def importance_weight(lp_T, sampler_lp_T, low, high):
-    """w = sg[p_train / p_sampler] inside [low, high], else 0. MiMo-V2-Flash, 2601.02780.
+    """Return w = sg[p_train / p_sampler] inside [low, high], else 0. MiMo-V2-Flash, 2601.02780.
 
     lp_T, sampler_lp_T: log-probabilities of the sampled tokens under the training forward and as they were
     sampled. The bounds are Nemotron-Cascade 2's.
@@ -320,12 +347,12 @@ def importance_weight(lp_T, sampler_lp_T, low, high):
 
 
 def truncated_importance(lp_T, sampler_lp_T, cap):
-    """sg[min(p_train / p_sampler, cap)]: 1 where the sampler is what is trained. SDPO's code, 2601.20802."""
+    """Return sg[min(p_train / p_sampler, cap)], 1 where the sampler is what is trained. SDPO's code."""
     return (lp_T - sampler_lp_T).exp().clamp(max=cap)
 
 
 def policy_gradient_weight(gap_T, lp_T, sampler_lp_T, importance):
-    """w A, the factor of -log p(y) in CaMOPD eq. 2, with the advantage A = the gap lq(y) - lp(y).
+    """Return w A, the factor of -log p(y) in CaMOPD eq. 2, with the advantage A = the gap lq(y) - lp(y).
 
     For y ~ p the expected gradient is that of the per-token reverse KL.
     """

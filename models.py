@@ -101,9 +101,11 @@ class Model:
         the user's. A model without one (a base model) sees the plain text.
         """
         if self.tok.chat_template:
-            ids = self.tok(rendered(self.tok, prompt, self.template_kwargs), add_special_tokens=False).input_ids
+            text = rendered(self.tok, prompt, self.template_kwargs)
+            ids = self.tok(text, add_special_tokens=False).input_ids
         elif not isinstance(prompt, str):
-            raise Refused(f"{self.tok.name_or_path} has no chat template, but the prompt is a list of messages")
+            raise Refused(f"{self.tok.name_or_path} has no chat template, but the prompt is a list of "
+                          "messages")
         else:
             ids = self.tok(prompt).input_ids
             if len(ids) > 1 and ids[-1] == self.tok.eos_token_id:   # some tokenizers close every text
@@ -113,7 +115,7 @@ class Model:
         return ids
 
     def encode_completion(self, text):
-        """Return the token ids of a reference completion, closed as the model closes one: it learns to stop."""
+        """Return the token ids of a fixed completion, closed as the model closes one: it learns to stop."""
         end = end_of_turn(self.tok)
         closing = self.tok.eos_token_id if end is None else end
         return self.tok(text, add_special_tokens=False).input_ids + [closing]
@@ -173,7 +175,7 @@ class Model:
         return self.last_hidden(ids_BT)[predicts_BT.to(self.device)].to(self.dtype)
 
     def token_log_probs(self, hidden_NH, completions, temperature=1.0, head_VH=None, vocab=None):
-        """Return the log-probability of every completion token, a [T] each, from the states that predict them."""
+        """Return the log-probability of every completion token, a [T] each, from what predicts them."""
         head_VH = self.head_VH if head_VH is None else head_VH
         _, stats = linear_logprob(hidden_NH, head_VH, torch.cat(completions), temperature=temperature,
                                   vocab=vocab or self.vocab, softcap=self.softcap)
@@ -193,13 +195,13 @@ class Model:
 
     @torch.no_grad()
     def generate(self, prompts, temperature, top_p, max_new_tokens, batch):
-        """Complete prompts (lists of token ids). Returns [(ids_T, logp_T)], each cut after its first stop token.
+        """Complete prompts (lists of token ids), `batch` at a time. Returns [(ids_T, logp_T)].
 
-        temperature 0 is greedy, with logp_T None. Otherwise logp_T is under the distribution that was sampled
-        from, that is with temperature and top_p applied. `batch` completions are made at a time.
+        Each completion is cut after its first stop token. With temperature 0 they are greedy and logp_T is
+        None; otherwise it is under the distribution that was sampled from, temperature and top_p applied.
         """
-        out = []
-        for start in tqdm(range(0, len(prompts), batch), "sample", leave=False, disable=len(prompts) <= batch):
+        out, starts = [], range(0, len(prompts), batch)
+        for start in tqdm(starts, "sample", leave=False, disable=len(starts) == 1):
             out += self.generate_batch(prompts[start:start + batch], temperature, top_p, max_new_tokens)
         return out
 
@@ -344,8 +346,8 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     config, tok, defaults = read_folder(path)
     quantised = getattr(config, "quantization_config", None)
     if learns and quantised:
-        raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with --lora_rank "
-                      "if memory is short (quantised --teachers are fine)")
+        raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with "
+                      "--lora_rank if memory is short (quantised --teachers are fine)")
     offloaded, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
     if not learns:
         offloaded = cfg.teacher_device == "swap" and not cfg.dry_run
@@ -412,7 +414,7 @@ def match_precision(net, kept, dtype, quantised):
 
 
 def scale_embedding_fp32(module, inputs, out, dtype):
-    """Return an embedding times its scale, the scale rounded to `dtype` as transformers does, the product not."""
+    """Return an embedding times its scale: the scale rounded to `dtype`, as it is in transformers."""
     embedded = torch.nn.functional.embedding(inputs[0], module.weight)
     return embedded.float() * module.embed_scale.to(dtype).float()
 
@@ -452,7 +454,7 @@ def reading(path):
 
 
 def read_net(source, dtype, device):
-    """Return the network with the weights in `source`. device: where a quantised one has to be put at once."""
+    """Return the network with the weights in `source`. device: where a quantised one has to be at once."""
     net, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, **(dict(device_map={"": device}) if device else {}))
     if missing := sorted(found["missing_keys"]):
@@ -469,13 +471,13 @@ def fake_mode():
 
 
 def fake_net(config, dtype):
-    """Return the network with shapes and dtypes but without memory or values, of any size, in about a second."""
+    """Return the network with shapes and dtypes but without memory or values, in about a second."""
     with fake_mode():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def add_adapter(model, cfg, weights):
-    """Return a LoRA adapter on every linear layer but the head: a saved one, or one that changes nothing yet."""
+    """Return a LoRA adapter on every linear layer but the head: a saved one, or one without effect yet."""
     try:
         import peft
     except ImportError:
@@ -567,7 +569,7 @@ def load_students(cfg, checkpoint, teacher_learns):
 
 
 def load_teachers(cfg, checkpoint, students, teacher_learns):
-    """Return {path: Model} of --teachers, or Learners if they learn, too. They agree about tokens with students."""
+    """Return {path: Model} of --teachers, Learners if they learn, which share the students' tokens."""
     student, teachers = students[0], {}
     for path in dict.fromkeys(cfg.teachers.values()):
         name = f"teacher{len(teachers) or ''}"
@@ -705,8 +707,8 @@ def check_forward(model):
     if not hidden_BTH.isfinite().all():
         raise Refused(f"{model.path}: {kind} computes what is not a number: its weights are broken")
     if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
-        raise Refused(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a bias, "
-                      "logit_scale, logits_scaling or final_logit_softcapping")
+        raise Refused(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a "
+                      "bias, logit_scale, logits_scaling or final_logit_softcapping")
     if not close(hidden_BTH[:, :-1], changed_BTH[:, :-1]):
         raise Refused(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
 
@@ -732,8 +734,8 @@ def check_sampler(student, prompts, max_new_tokens, batch, micro_tokens):
         raise Refused(f"KL(student, student) = {kl:.2e} nats per token instead of 0: forward pass or loss is "
                       "broken")
     if not off < (1e-3 if exact else 0.2):
-        raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from the "
-                      f"training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
+        raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from "
+                      f"the training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
     tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
 
 
@@ -821,7 +823,7 @@ def save_adapters(students, folder):
 
 
 def save_final(students, folder):
-    """Write plain folders that from_pretrained loads, in the run's dtype, adapters merged. Ends the training."""
+    """Write plain folders that from_pretrained loads, in the run's dtype and with adapters merged."""
     for student in students:
         if student.adapter:
             student.net, student.adapter = student.adapter.merge_and_unload(), None

@@ -5,17 +5,19 @@
 The student writes, and the teacher's distribution corrects every token that it wrote. With y the student's
 completion of a prompt, z and w both models' logits at its N tokens, the loss is
 
-    lp, lq = z.log_softmax(-1), w.log_softmax(-1)           # log-probabilities [N, V] of student and teacher
-    value_N = (lp.exp() * (lp - lq)).sum(-1)                # reverse KL(p || q) at every token
-    loss = (weight_N * value_N).sum()                       # weight: 1 / length / number of rollouts
-    loss.backward()                                         # y is data: no gradient passes through the sampling
+    lp, lq = z.log_softmax(-1), w.log_softmax(-1)       # log-probabilities [N, V] of student and teacher
+    value_N = (lp.exp() * (lp - lq)).sum(-1)            # reverse KL(p || q) at every token
+    loss = (weight_N * value_N).sum()                   # weight: 1 / length / number of rollouts
+    loss.backward()                                     # y is data: no gradient passes through the sampling
+
+In kernels/ it is the same loss without the [N, V] tensors.
 
 The loop, for every list of Jobs that a method (methods/) yields:
 
-    sample   the student completes the prompts                                                      Run.sample
-    score    the teacher reads the completions; log p(y), log q(y) and their gap, no gradient       Run.score
-    select   the method's weight per token; what weighs zero is dropped                             weigh
-    update   divergence or policy gradient (losses.py, kernels/), one optimizer step                update
+    sample   the student completes the prompts                                              Run.sample
+    score    the teacher reads the completions: log p(y), log q(y), and so their gap        score
+    select   the method's weight per token; what weighs zero is dropped                     weigh
+    update   the gradient of a divergence or of a policy (losses.py), one optimizer step    update
 
 Left out on purpose: more than one process, inference servers, cross-tokenizer distillation. Dropout is off
 everywhere, so that the distribution that is sampled is the one that is trained.
@@ -65,7 +67,7 @@ def train(run):
 
 @torch.no_grad()
 def score(job, gaps, micro_tokens):
-    """Ask a Job's teacher about its rollouts, once, so that the update needs no teacher.
+    """Let a Job's teacher read its rollouts, once, so that the update needs no teacher.
 
     Fills job.hidden_t, the teacher's hidden states in main memory, if the objective is a divergence. With
     `gaps` also job.lp and job.lq, log p(y) and log q(y) of every token. What is known is not asked again, and
@@ -76,10 +78,8 @@ def score(job, gaps, micro_tokens):
     gaps = (gaps or objective.label == "pg") and job.lp is None
     if teacher is None or not (states or gaps):
         return
-    assert objective.label != "pg" or all(r.logp_T is not None for r in rollouts), "pg needs sampled rollouts"
-    nothing = [None] * len(rollouts)
-    job.hidden_t, lp, lq = list(nothing), list(nothing), list(nothing)
     read = [i for i in range(len(rollouts)) if job.weights is None or torch.as_tensor(job.weights[i]).any()]
+    hidden, lp, lq = ([None] * len(rollouts) for _ in range(3))
     lengths = [len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read]
     with teacher.on_device():
         head_t_VH = teacher.head_VH.to(learner.device) if gaps else None
@@ -87,20 +87,26 @@ def score(job, gaps, micro_tokens):
             group = [read[i] for i in group]
             completions = [rollouts[i].ids_T for i in group]
             hidden_NH = teacher.hidden_states([rollouts[i].teacher_ids for i in group], completions)
+            if states:
+                parts = hidden_NH.cpu().split([len(ids_T) for ids_T in completions])
+                put(hidden, group, parts)
             if gaps:
                 found = teacher.token_log_probs(hidden_NH.to(learner.device), completions,
                                                 objective.temperature, head_t_VH, learner.vocab)
-                for i, lq_T in zip(group, found):
-                    lq[i] = lq_T
-            if states:
-                for i, hidden_TH in zip(group, hidden_NH.cpu().split([len(ids_T) for ids_T in completions])):
-                    job.hidden_t[i] = hidden_TH
+                put(lq, group, found)
+    if states:
+        job.hidden_t = hidden
     if gaps:
         found = learner.log_probs([rollouts[i].prompt_ids for i in read], [rollouts[i].ids_T for i in read],
                                   micro_tokens, objective.temperature)
-        for i, lp_T in zip(read, found):
-            lp[i] = lp_T
+        put(lp, read, found)
         job.lp, job.lq = lp, lq
+
+
+def put(values, places, new):
+    """Put new values in their places of a list."""
+    for i, value in zip(places, new, strict=True):
+        values[i] = value
 
 
 def weigh(jobs):
@@ -134,23 +140,26 @@ def backward(run, job, weights):
     kept = [i for i, w_T in enumerate(weights) if w_T.any()]
     lengths = [len(job.rollouts[i].prompt_ids) + len(job.rollouts[i].ids_T) for i in kept]
     head_t_VH = teacher.head_VH.detach().to(learner.device) if objective.divergence else None
-    scored, total, collected = job.lp is not None, 0.0, {}
+    free_gap = job.lp is None and run.cfg.target == "teacher" and objective.target == (1.0, 0.0)
+    total, collected = 0.0, {}
     for group in micro_batches(lengths, run.cfg.micro_tokens):
         group = [kept[i] for i in group]
         rollouts = [job.rollouts[i] for i in group]
         completions = [r.ids_T for r in rollouts]
-        weight_N, labels_N = torch.cat([weights[i] for i in group]), torch.cat(completions)
         hidden_NH = learner.hidden_states([r.prompt_ids for r in rollouts], completions)
-        if objective.cap and all(r.logp_T is not None for r in rollouts):
+        weight_N = torch.cat([weights[i] for i in group])
+        if objective.label == "pg":                             # the advantage of a token is its gap
+            assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
+            weight_N = weight_N * torch.cat([
+                policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
+                                       objective.importance) for i in group])
+        elif objective.cap and all(r.logp_T is not None for r in rollouts):
             with torch.no_grad():
                 lps = learner.token_log_probs(hidden_NH, completions, objective.temperature)
             weight_N = weight_N * torch.cat([truncated_importance(lp_T, r.logp_T, objective.cap)
                                              for lp_T, r in zip(lps, rollouts)])
+        labels_N = torch.cat(completions)
         common = dict(temperature=objective.temperature, vocab=learner.vocab)
-        if objective.label == "pg":                         # the advantage is the gap
-            weight_N = weight_N * torch.cat([
-                policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
-                                       objective.importance) for i in group])
         if objective.label:
             loss, stats = linear_logprob(hidden_NH, learner.head_VH, labels_N, weight_N,
                                          softcap=learner.softcap, **common)
@@ -161,7 +170,7 @@ def backward(run, job, weights):
                 knob=objective.knob, target=objective.target, support=objective.support,
                 top_k=objective.top_k, labels_N=labels_N, softcap_s=learner.softcap,
                 softcap_t=teacher.softcap, **common)
-            if not scored and run.cfg.target == "teacher" and objective.target == (1.0, 0.0):
+            if free_gap:
                 note_gap(job, group, stats)
         loss.backward()
         total += loss.item()
@@ -175,9 +184,8 @@ def note_gap(job, group, stats):
     if job.lp is None:
         job.lp, job.lq = [None] * len(job.rollouts), [None] * len(job.rollouts)
     lengths = [len(job.rollouts[i].ids_T) for i in group]
-    found = stats["logprob_s"].split(lengths), stats["logprob_t"].split(lengths)
-    for i, lp_T, lq_T in zip(group, *found):
-        job.lp[i], job.lq[i] = lp_T, lq_T
+    put(job.lp, group, stats["logprob_s"].split(lengths))
+    put(job.lq, group, stats["logprob_t"].split(lengths))
 
 
 def learning_rate(cfg, step):
@@ -189,7 +197,7 @@ def learning_rate(cfg, step):
 
 
 def update(run, jobs, weights):
-    """Add up the gradients of all Jobs, then make one step of every learner. Returns the step's statistics."""
+    """Add up the gradients of all Jobs, make one step of every learner, and return the step's statistics."""
     cfg, step, norm = run.cfg, run.state["step"], 0.0
     with run.timed("update"):
         losses, stats = zip(*(backward(run, job, w) for job, w in zip(jobs, weights)))
@@ -197,24 +205,24 @@ def update(run, jobs, weights):
             lr = learning_rate(cfg, learner.updates)
             norm += torch.nn.utils.clip_grad_norm_(learner.net.parameters(), cfg.grad_clip or math.inf).item()
             if not math.isfinite(norm + sum(losses)):
-                raise Refused(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; lower "
-                              f"--lr or look at the data. What {run.out} holds is intact")
+                raise Refused(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; "
+                              f"lower --lr or look at the data. What {run.out} holds is intact")
             for optimizer in learner.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             learner.updates += 1
-            if learner.average:
-                models.follow(learner.average, getattr(cfg, "ema_rate", 0.0))
+            if learner.average and cfg.self_teacher == "ema":   # a snapshot waits for run.refresh
+                models.follow(learner.average, cfg.ema_rate)
     whole = describe(jobs, weights, stats)
     parts = {}
     for job, w, s in zip(jobs, weights, stats):
         name = job.branch if job.branch not in parts else f"{job.branch}, {job.learner.name}"
         parts[name] = describe([job], [w], [s])
     branches = by_branch([r for job in jobs for r in job.rollouts])
-    return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr, **whole,
-            **({"branches": parts} if len(jobs) > 1 else {})}
+    return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
+            **whole, **({"branches": parts} if len(jobs) > 1 else {})}
 
 
 def describe(jobs, weights, stats):
@@ -267,6 +275,7 @@ class Run:
         checkpoint = self.folder.find_checkpoint(look_only=cfg.dry_run) if before else None
         if checkpoint:
             cfg.max_new_tokens = cfg.max_new_tokens or before.get("max_new_tokens")
+            config.check_same_experiment(cfg, before)
         self.load_models(checkpoint)
         thinks = models.may_think(self.student)
         cfg.max_new_tokens = cfg.max_new_tokens or (2048 if thinks else 512)
@@ -276,10 +285,8 @@ class Run:
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
         self.notes = {}                                         # what a method adds to a step's metrics
         self.longest = check_prompts(self)
-        if checkpoint:
-            config.check_same_experiment(cfg, before)
-            if not cfg.dry_run:
-                self.state = self.folder.restore(self.learners)
+        if checkpoint and not cfg.dry_run:
+            self.state = self.folder.restore(self.learners)
 
     # -- prompts and models
 
@@ -341,7 +348,7 @@ class Run:
         return self.state["memory"]
 
     def once(self, key, make):
-        """Return memory[key], which make() computes if it is not there: once per run, or per round if named so."""
+        """Return memory[key], which make() computes if it is not there: once per run, or once per round."""
         if key not in self.memory:
             self.memory[key] = make()
         return self.memory[key]
@@ -359,14 +366,14 @@ class Run:
                 progress.update()
 
     def steps(self):
-        """Yield the steps still to do. The loop counts them: a method may yield several lists of Jobs in one."""
+        """Yield the steps still to do. The loop counts them: a method may yield more than once in each."""
         while self.state["step"] < self.total:
             yield self.state["step"]
 
     def draw(self, branch=None, student=None, count=None):
-        """Return the next --batch prompts of a branch, or of all in --mixture's shares; reshuffled every epoch.
+        """Return the next --batch prompts of a branch, or of all branches in the shares of --mixture.
 
-        Of two students each goes through all prompts, in the same order.
+        They are shuffled anew in every epoch. Of two students each goes through all, in the same order.
         """
         out, cursors = [], self.state["cursor"][self.students.index(student or self.student)]
         counts = {branch: self.cfg.batch if count is None else count} if branch else self.shares
@@ -385,17 +392,19 @@ class Run:
             return []
         n = n or getattr(self.cfg, "rollouts", 1)
         with self.timed("sample"):
-            prompts = [prompt for prompt in prompts for _ in range(n)]
-            seen = {id(prompt): model.encode(prompt["prompt"]) for prompt in prompts}
-            completions = self.complete(model, [seen[id(prompt)] for prompt in prompts], temperature, top_p)
+            seen = []
+            for prompt in prompts:
+                ids = model.encode(prompt["prompt"])
+                views = self.views(prompt, ids if model in self.learners else None)
+                seen += [(prompt, ids, views)] * n
+            completions = self.complete(model, [ids for _, ids, _ in seen], temperature, top_p)
             rollouts = []
-            for prompt, (ids_T, logp_T) in zip(prompts, completions, strict=True):
-                known = seen[id(prompt)] if isinstance(model, models.Learner) else None
-                rollouts.append(self.rollout(prompt, ids_T.to(self.student.device), known, logp_T=logp_T,
-                                             text=model.decode(ids_T)))
-            for r in rollouts:
-                if "answer" in r.prompt:
-                    r.reward = grade(r.prompt["grader"], r.text, r.prompt["answer"])
+            for (prompt, _, views), (ids_T, logp_T) in zip(seen, completions, strict=True):
+                r = self.rollout(prompt, ids_T.to(self.student.device), views, logp_T=logp_T,
+                                 text=model.decode(ids_T))
+                if "answer" in prompt:
+                    r.reward = grade(prompt["grader"], r.text, prompt["answer"])
+                rollouts.append(r)
         if model in self.students:
             self.state["sampled_tokens"] += sum(len(r.ids_T) for r in rollouts)
         return rollouts
@@ -407,12 +416,15 @@ class Run:
             return model.generate(prompts, cfg.temperature if temperature is None else temperature,
                                   top_p or cfg.top_p, max_new_tokens or cfg.max_new_tokens, cfg.sample_batch)
 
-    def rollout(self, prompt, ids_T, prompt_ids=None, **more):
-        """Return a Rollout with its prompt as the student and as the branch's teacher see it."""
+    def views(self, prompt, prompt_ids=None):
+        """Return a prompt's token ids as the student sees it, and as the branch's teacher sees it."""
         prompt_ids = prompt_ids or self.student.encode(prompt["prompt"])
         teacher = self.teachers.get(prompt["branch"])
-        teacher_ids = teacher.encode(prompt["prompt"]) if teacher else prompt_ids
-        return Rollout(prompt, ids_T, prompt_ids, teacher_ids, **more)
+        return prompt_ids, teacher.encode(prompt["prompt"]) if teacher else prompt_ids
+
+    def rollout(self, prompt, ids_T, views=None, **more):
+        """Return a Rollout with the prompt as student and teacher see it."""
+        return Rollout(prompt, ids_T, *(views or self.views(prompt)), **more)
 
     def fixed(self, prompt, ids, text, reward=None):
         """Return a Rollout of fixed data."""
@@ -453,7 +465,7 @@ class Run:
         return len(ids) + more <= min(student.positions for student in self.students)
 
     def scores(self, model, sets, n, part=None):
-        """Return {set: mean reward} of a model on sets of prompts; its seconds count as `part` of the step."""
+        """Return {set: mean reward} of a model on sets of prompts; the seconds count as `part` of a step."""
         cfg = self.cfg
         n = n if cfg.eval_temperature > 0 else 1                # greedy completions are all the same
         out = {}
@@ -521,8 +533,8 @@ class Run:
                 models.check_sampler(student, prompts, min(cfg.max_new_tokens, 32), cfg.sample_batch,
                                      cfg.micro_tokens)
         if cfg.temperature != 1 or cfg.top_p < 1:
-            tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
-                       "p itself; only the weights of --loss pg and --importance_cap correct for it")
+            tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling "
+                       "from p itself; only the weights of --loss pg and --importance_cap correct for it")
 
     def measure(self, step):
         """Return the evaluation and the diagnosis that are due after so many steps."""
@@ -539,7 +551,7 @@ class Run:
         """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
         cfg, state = self.cfg, self.state
         for job, some in zip(jobs, weights):
-            for sample in samples(job, some, cfg.log_samples):
+            for sample in logged_samples(job, some, cfg.log_samples):
                 self.folder.log("samples", {"step": state["step"], **sample})
         if state["step"] == 0:
             warn_of_first_step(cfg, stats)
@@ -571,7 +583,7 @@ def shuffled(count, seed):
 
 
 def step_line(run, s):
-    """Return a step's line: step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
+    """Return a step's line: step 12/300 general | rkl 0.41 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
     loss, parts = run.cfg.loss, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
     parts += [f"{loss} {s['value']:.3f}"] if "value" in s else []
     parts += [f"nll {-s['logprob_s']:.3f}"] if loss == "nll" and "logprob_s" in s else []
@@ -586,7 +598,7 @@ def step_line(run, s):
     return " | ".join(parts)
 
 
-def samples(job, weights, count):
+def logged_samples(job, weights, count):
     """Return what samples.jsonl keeps of a Job's first rollouts."""
     for r, gap_T, w_T in list(zip(job.rollouts, job.gaps, weights))[:count]:
         yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
@@ -611,7 +623,7 @@ def process_memory():
 
 
 def lab(name, flag=None):
-    """Return a module of lab/. Training works without that folder: None, or a refusal where a flag needs it."""
+    """Return a module of lab/. Where that folder was deleted: None, or a refusal if a flag needs it."""
     try:
         return importlib.import_module(f"lab.{name}")
     except ModuleNotFoundError as error:
@@ -643,8 +655,8 @@ def main(argv=None):
     except (Refused, OSError) as error:                     # OSError: a full disk, say
         message = error
     except KeyboardInterrupt:
-        message = (f"interrupted after step {run.state['step']}; the same command with --resume continues from "
-                   f"the last checkpoint in {run.out}" if run else "interrupted before the first step")
+        message = (f"interrupted after step {run.state['step']}; the same command with --resume continues "
+                   f"from the last checkpoint in {run.out}" if run else "interrupted before the first step")
     except torch.OutOfMemoryError:
         what = f"step {run.state['step'] + 1} does" if run else "the models do"
         message = f"{what} not fit on {cfg.device}. {LESS_MEMORY}"

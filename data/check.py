@@ -95,7 +95,7 @@ def check_row(run, row, model, longest, trained, read):
                       f"{row['answer']!r}")
     most, known = max(ids + learned + seen), len(model.net.get_input_embeddings().weight)
     if most >= known:
-        raise Unfit(f" has the token {model.tok.decode(most)!r}, id {most}, for which {model.path} has no row "
+        raise Unfit(f"has the token {model.tok.decode(most)!r}, id {most}, for which {model.path} has no row "
                     f"({known})")
     completion = max(len(learned), cfg.max_new_tokens if method.samples or not trained else 0)
     longest.prompt, longest.completion = max(longest.prompt, len(ids)), max(longest.completion, completion)

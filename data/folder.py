@@ -34,7 +34,8 @@ class Folder:
         if recover(self.out / "checkpoint", look_only):
             return self.out / "checkpoint"
         if (self.out / "final").exists():
-            raise Refused(f"{self.out} is finished (final/) and its checkpoint/ is gone; choose another --out")
+            raise Refused(f"{self.out} is finished (final/) and its checkpoint/ is gone; choose another "
+                          "--out")
         return None
 
     def save(self, learners, state):
@@ -43,7 +44,7 @@ class Folder:
             models.save_learners(learners, folder, state)
 
     def restore(self, learners):
-        """Take learners back to the checkpoint, forget what the lost steps wrote, and return the run's state."""
+        """Take learners back to the checkpoint, forget what lost steps wrote, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():

@@ -1,16 +1,18 @@
-"""An untrained chat model as a hub checkpoint would be: for trying the whole path on a machine without one.
+"""An untrained chat model, like a checkpoint of the hub: it lets you try the whole path without one.
 
     python -m data.scratch OUT --text prompts.jsonl --vocab 8192 --hidden 512 --layers 8
 
-writes a Qwen3-architecture model with random weights and a byte-level BPE tokenizer trained on the prompts
-and solutions of prompt files (data/prompts.py), with Qwen's special tokens, a ChatML template with a thinking
-switch, and a head of more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes another
-checkpoint's instead.
+writes a model of the Qwen3 architecture with random weights. Its byte-level BPE tokenizer is trained on the
+prompts and solutions of prompt files (data/prompts.py), and has Qwen's special tokens and a ChatML template
+with a switch for thinking; its head has more rows than the tokenizer has ids (--pad_vocab). --tokenizer takes
+the tokenizer of another checkpoint instead.
 """
 import argparse
 from pathlib import Path
 
-from .prompts import load_prompts, messages
+from config import Refused
+
+from .prompts import load_prompts
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "
@@ -19,22 +21,31 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
 def tokenizer(texts, vocab):
-    """Byte-level BPE with `vocab` ids at most, Qwen's special tokens and CHATML; every text round-trips."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Return a byte-level BPE with at most `vocab` ids, Qwen's special tokens and CHATML.
+
+    Every text is the same again after it was encoded and decoded.
+    """
+    # models.py comes first: it keeps transformers from taking our kernels/ for the package of that name.
+    import models  # noqa: F401
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    chat_template=CHATML)
 
 
 def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
-    """A Qwen3 with random weights whose head has at least `pad_vocab` rows more than `tok` has ids."""
+    """Return a Qwen3 with random weights whose head has `pad_vocab` rows more than `tok` has ids."""
+    import models  # noqa: F401     # first, as in `tokenizer`
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(seed)
     heads, stops = max(hidden // 64, 1), [tok.eos_token_id, tok.pad_token_id]
     net = Qwen3ForCausalLM(Qwen3Config(
@@ -47,12 +58,16 @@ def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
 
 
 def texts(path):
+    """Yield the prompts and solutions of a prompt file."""
+    from models import messages         # here, as in `tokenizer`
+
     for row in load_prompts(path, "text"):
         yield from (message["content"] for message in messages(row["prompt"]))
         yield row.get("solution") or ""
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Write a model and its tokenizer from the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write to")
@@ -63,20 +78,27 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if Path(args.out).exists():
         parser.error(f"{args.out} exists; choose another folder")
     if not args.tokenizer and not args.text:
         parser.error("give --text, or the --tokenizer of a checkpoint")
-    if args.hidden < 64 or args.hidden % 64 or min(args.layers, args.vocab, args.pad_vocab + 1) < 1:
-        parser.error("--hidden is a multiple of 64; --layers and --vocab are at least 1, --pad_vocab 0")
+    if args.hidden < 64 or args.hidden % 64:
+        parser.error("--hidden is not a multiple of 64")
+    if min(args.layers, args.vocab, args.pad_vocab + 1) < 1:
+        parser.error("--layers and --vocab must be at least 1, --pad_vocab at least 0")
     if args.tokenizer:
+        import models  # noqa: F401     # first, as in `tokenizer`
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(args.tokenizer)
     else:
         try:
             tok = tokenizer([text for path in args.text for text in texts(path)], args.vocab)
-        except ValueError as error:
+        except Refused as error:                        # a prompt file that cannot be used
             parser.error(str(error))
     tok.save_pretrained(args.out)
     model(tok, args.seed, args.hidden, args.layers, args.pad_vocab).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
-"""A small world for recovery: long noisy completions, a proxy that is mostly solved, a small domain pool.
+"""A small world for recovery: long noisy completions, mostly solved proxy prompts, few domain prompts.
 
 A task is a walk: from a symbol, eight operations in a row. The answer names every state, each after a mark
-that may be chosen freely (the noise), and closes with the last state, which alone is graded; one fact missed
-early ruins the rest. The domain uses the verbs and letters of general tasks too, but means other facts by
-them, and uses other marks; only the # tells them apart:
+that may be chosen freely (the noise), and closes with the last state, which alone is graded. One fact that is
+missed early ruins the rest. The domain uses the verbs and letters of general tasks too, but means other facts
+by them, and uses other marks; only the # tells them apart:
 
     d next down next back up down up next>      .e:d,e.d;e:d.e,f<answer>f</answer>
     # d next down next back up down up next>    ;f!m:q?m;f:m!f?g<answer>g</answer>
@@ -12,28 +12,28 @@ them, and uses other marks; only the # tells them apart:
     greek       general walks on greek letters, with the same verbs: what the specialist mostly keeps
     uncovered   general walks on elements, with the same verbs: no proxy prompt asks for them
     domain      the domain's walks on letters
-    unmarked    these without the #, which nothing tells from `letters`: what one teacher wants there is wrong
-                to the other
+    unmarked    the same without the #, so that nothing tells them from `letters`: what one teacher wants
+                there is wrong to the other
 
-`python -m data.small_recovery OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and the
+`python -m data.small_recovery OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and these
 prompt files:
 
-    generalist.jsonl   many: the general families and a trace of the domain, for training the general teacher
-    specialist.jsonl   many: domain and unmarked, and a little to remember, for training the domain teacher
-    general.jsonl      the proxy prompts: fixed, no solutions; one in PROXY on letters, the rest on greek ones
+    generalist.jsonl   many rows: the general families and a trace of the domain, to train the general teacher
+    specialist.jsonl   many rows: domain and unmarked, and a little to remember, to train the domain teacher
+    general.jsonl      the proxy prompts, without solutions: one in PROXY on letters, the rest on greek ones
     broad.jsonl        as many proxy prompts, all on letters
-    domain.jsonl       the domain prompts: few. few.jsonl: an eighth of that
+    domain.jsonl       the domain prompts, which are few; few.jsonl has an eighth of that
     conflict.jsonl     as many domain prompts, half of them unmarked
     eval_FAMILY.jsonl
 
-Three sides by a hash of the prompt, as in data/small_peers.py: training, pools, evaluation.
+A hash of the prompt sorts the walks into three sides as in data/small_peers.py: training, the prompts of
+distillation, evaluation.
 """
-import argparse
 import random
-from pathlib import Path
 
-from .small_peers import ELEMENTS, KEYBOARD, OPERATIONS, PERIODS, relations, side, walk
-from .small_world import LETTERS, tokenizer, unsolved, write
+from .small_peers import (ELEMENTS, EVALUATION, KEYBOARD, OPERATIONS, PERIODS, POOL, TRAINING, relations,
+                          side, walk)
+from .small_world import LETTERS, main, tokenizer, unsolved, write
 
 STEPS = 8
 PROXY = 8
@@ -46,8 +46,8 @@ FACTS["unmarked"] = FACTS["domain"]
 MARKS = {"general": ".,:;", "domain": ":;!?"}
 
 
-def draw(rng, family, where=2):
-    """One row (data/prompts.py) of a family, from the training, the pools' or the evaluation's side."""
+def draw(rng, family, where=TRAINING):
+    """Return one row (data/prompts.py) of a family, from one of the three sides."""
     facts = FACTS[family]
     symbols = sorted({symbol for symbol, _ in facts})
     while True:
@@ -56,48 +56,45 @@ def draw(rng, family, where=2):
         if side(prompt) == where:
             break
     states = walk(facts, start, ops)
-    marks = rng.choices(MARKS["domain" if family in ("domain", "unmarked") else "general"], k=STEPS)
+    branch = "domain" if family in ("domain", "unmarked") else "general"
+    marks = rng.choices(MARKS[branch], k=STEPS)
     said = "".join(mark + state for mark, state in zip(marks, states))
     return {"prompt": prompt, "answer": states[-1], "grader": "letter_tag", "skill": family,
             "solution": f"{said}<answer>{states[-1]}</answer>"}
 
 
-def rows(rng, shares, count, where=2):
-    """`count` different rows; shares: {family: weight}."""
+def rows(rng, shares, count, where=TRAINING):
+    """Return `count` different rows. shares: {family: weight}."""
     found = {}
     while len(found) < count:
-        row = draw(rng, *rng.choices(list(shares), list(shares.values())), where)
+        family, = rng.choices(list(shares), list(shares.values()))
+        row = draw(rng, family, where)
         found[row["prompt"]] = row
     return list(found.values())
 
 
 def build(out, seed, generalist, specialist, prompts, domain_prompts, evaluation):
     """Write the untrained model and every prompt file to `out`. The counts are rows per file."""
-    out, stream = Path(out), lambda name: random.Random(f"{seed} {name}")
-    everything = {"letters": 60, "greek": 60, "uncovered": 60, "domain": 1}
-    specialised = {"domain": 8, "unmarked": 8, "greek": 1, "uncovered": 1}
-    files = {"generalist": rows(stream("generalist"), everything, generalist),
-             "specialist": rows(stream("specialist"), specialised, specialist)}
-    few = max(domain_prompts // 8, 1)
+    def stream(name):
+        return random.Random(f"{seed} {name}")
+    general = {"letters": 60, "greek": 60, "uncovered": 60, "domain": 1}
+    special = {"domain": 8, "unmarked": 8, "greek": 1, "uncovered": 1}
+    files = {"generalist": rows(stream("generalist"), general, generalist),
+             "specialist": rows(stream("specialist"), special, specialist)}
     for name, shares, count in (
-            ("general", {"letters": 1, "greek": PROXY - 1}, prompts), ("broad", {"letters": 1}, prompts),
-            ("domain", {"domain": 1}, domain_prompts), ("few", {"domain": 1}, few),
+            ("general", {"letters": 1, "greek": PROXY - 1}, prompts),
+            ("broad", {"letters": 1}, prompts),
+            ("domain", {"domain": 1}, domain_prompts),
+            ("few", {"domain": 1}, max(domain_prompts // 8, 1)),
             ("conflict", {"domain": 1, "unmarked": 1}, domain_prompts)):
-        files[name] = unsolved(rows(stream(name), shares, count, 1))
-    files |= {f"eval_{family}": rows(stream(f"eval {family}"), {family: 1}, evaluation, 0)
-              for family in FACTS}
+        files[name] = unsolved(rows(stream(name), shares, count, POOL))
+    for family in FACTS:
+        files[f"eval_{family}"] = rows(stream(f"eval {family}"), {family: 1}, evaluation, EVALUATION)
     words = tuple(f" {verb}" for verb in OPERATIONS)
     write(out, tokenizer(words, ["<answer>", "</answer>", *ELEMENTS, *GREEK], " >#.,:;!?"), seed, files)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--generalist", type=int, default=50_000, help="rows for the general teacher")
-    parser.add_argument("--specialist", type=int, default=20_000, help="rows for the domain teacher")
-    parser.add_argument("--prompts", type=int, default=512, help="proxy prompts")
-    parser.add_argument("--domain_prompts", type=int, default=64, help="domain prompts")
-    parser.add_argument("--evaluation", type=int, default=240, help="rows per evaluation file")
-    build(**vars(parser.parse_args()))
+    main(build, __doc__, generalist=(50_000, "rows for the general teacher"),
+         specialist=(20_000, "rows for the domain teacher"), prompts=(512, "proxy prompts"),
+         domain_prompts=(64, "domain prompts"), evaluation=(240, "rows per evaluation file"))

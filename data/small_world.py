@@ -1,27 +1,27 @@
 """A small world in which distillation can be measured on a laptop: same verbs, different objects.
 
-A prompt is `verb arguments>`, its answer is graded by exact match. Twelve general skills work on letters,
+A prompt is `verb arguments>`, and its answer is graded by exact match. Twelve general skills work on letters,
 numbers and countries; eight domain skills use the same verbs on chemistry. Because the verbs are shared, a
-model that learns the domain forgets what they mean elsewhere, and recovering that costs the domain: the
-conflict that multi-teacher distillation is about. Two skills of either kind are chains, in which an early
-slip ruins everything after it:
+model that learns the domain forgets what they mean elsewhere, and to recover that costs some of the domain.
+This is the conflict that multi-teacher distillation is about. Two skills of either kind, `sum` and `do`, are
+chains: an early slip ruins everything after it.
 
     rev pam>map       add 07 26>33            sum 3 8 5 9>03 11 16 25     do rev next opm>mpo nqp
     sort HeCF>HeCF    add C O>12+16=28        sum H2 O C3>02 03 06        do next rev LiBeC>BeBN NBBe
 
-`python -m data.small_world OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and the
+`python -m data.small_world OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and these
 prompt files:
 
-    generalist.jsonl   many: all general skills and some of the domain, for training the general teacher
-    specialist.jsonl   many: the domain only, for training the domain teacher (which forgets the rest)
-    general.jsonl      the proxy prompts of distillation: fixed, no solutions, only for the skills in COVERED
+    generalist.jsonl   many rows: all general skills and some of the domain, to train the general teacher
+    specialist.jsonl   many rows: the domain only, to train the domain teacher, which forgets the rest
+    general.jsonl      the proxy prompts of distillation, without solutions, only for the skills in COVERED
     domain.jsonl       the domain prompts of distillation, half as many
     general_references.jsonl, domain_references.jsonl
                        the few of these prompts that have a solution: prompts are cheap, references are not
     eval_covered.jsonl, eval_uncovered.jsonl, eval_domain.jsonl
 
-Held out by a hash of the prompt: no evaluation prompt is in a training file, except in the closed fact sets
-(FACTS: `what` and the neighbours of single elements), where knowing the fact is the skill.
+Evaluation prompts are held out by a hash of the prompt: none of them is in a training file. The exception are
+the closed sets of facts (FACTS: `what`, and the neighbours of single elements), where the fact is the skill.
 """
 import argparse
 import hashlib
@@ -50,40 +50,42 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def after(x):
-    """The next letter or element; the last is followed by the first."""
-    row = SYMBOLS if x in ELEMENTS else LETTERS
-    return row[(row.index(x) + 1) % len(row)]
+    """Return the next letter or element; the last is followed by the first."""
+    order = SYMBOLS if x in ELEMENTS else LETTERS
+    return order[(order.index(x) + 1) % len(order)]
 
 
-CHAIN = {"rev": lambda xs: xs[::-1], "sort": lambda xs: sorted(xs, key=(SYMBOLS + list(LETTERS)).index),
-         "next": lambda xs: [after(x) for x in xs]}
+OPERATIONS = {"rev": lambda xs: xs[::-1],
+              "sort": lambda xs: sorted(xs, key=(SYMBOLS + list(LETTERS)).index),
+              "next": lambda xs: [after(x) for x in xs]}
 
 
 def chain(rng, xs):
-    ops = rng.sample(sorted(CHAIN), 2)
-    states = [xs]
-    for op in ops:
-        states.append(CHAIN[op](states[-1]))
-    return f"{ops[0]} {ops[1]} {''.join(xs)}", " ".join("".join(s) for s in states[1:])
+    """Return (arguments, answer) of the verb `do`: two operations, one on the result of the other."""
+    first, second = rng.sample(sorted(OPERATIONS), 2)
+    between = OPERATIONS[first](xs)
+    end = OPERATIONS[second](between)
+    return f"{first} {second} {''.join(xs)}", f"{''.join(between)} {''.join(end)}"
 
 
-def running(terms):
+def running_sums(terms):
+    """Return the answer of the verb `sum`: the sum after every term."""
     return " ".join(f"{sum(terms[: i + 1]):02}" for i in range(len(terms)))
 
 
 def general(rng, verb):
-    """(arguments, answer) of one general prompt."""
+    """Return (arguments, answer) of one general prompt."""
     word = rng.choices(LETTERS, k=rng.randint(3, 5))
     a, b = rng.randint(1, 99), rng.randint(1, 99)
     if verb in ("rev", "sort", "next"):
-        return "".join(word), "".join(CHAIN[verb](word))
+        return "".join(word), "".join(OPERATIONS[verb](word))
     if verb == "copy":
         return "".join(word), "".join(word)
     if verb == "last":
         return "".join(word), word[-1]
     if verb == "count":
-        word = rng.choices("abc", k=5)
-        return f"{(x := rng.choice('abc'))} {''.join(word)}", str(word.count(x))
+        word, x = rng.choices("abc", k=5), rng.choice("abc")
+        return f"{x} {''.join(word)}", str(word.count(x))
     if verb == "max":
         return f"{a:02} {b:02}", f"{max(a, b):02}"
     if verb == "add":
@@ -91,43 +93,44 @@ def general(rng, verb):
     if verb == "sub":
         return f"{max(a, b):02} {min(a, b):02}", f"{abs(a - b):02}"
     if verb == "what":
-        return (country := rng.choice(list(CAPITALS))), CAPITALS[country]
+        return rng.choice(list(CAPITALS.items()))
     if verb == "sum":
         terms = [rng.randint(1, 9) for _ in range(rng.randint(4, 6))]
-        return " ".join(map(str, terms)), running(terms)
-    return chain(rng, word[:4])                                             # do
+        return " ".join(map(str, terms)), running_sums(terms)
+    return chain(rng, word[:4])                                             # the verb `do`
 
 
 def domain(rng, verb):
-    """(arguments, answer) of one chemistry prompt."""
-    some = rng.sample(SYMBOLS, rng.randint(3, 4))
-    masses = [ELEMENTS[x][1] for x in some]
-    counts = [rng.randint(1, 5) for _ in some]
-    formula = [f"{x}{n if n > 1 else ''}" for x, n in zip(some, counts)]
+    """Return (arguments, answer) of one chemistry prompt."""
+    elements = rng.sample(SYMBOLS, rng.randint(3, 4))
+    counts = [rng.randint(1, 5) for _ in elements]
+    formula = [f"{x}{n if n > 1 else ''}" for x, n in zip(elements, counts)]
+    first, second = elements[:2]
+    (name, mass), (_, other_mass) = ELEMENTS[first], ELEMENTS[second]
     if verb == "what":
-        return ELEMENTS[some[0]][0], some[0]
+        return name, first
     if verb == "next":
-        return some[0], after(some[0])
+        return first, after(first)
     if verb == "max":
-        return f"{some[0]} {some[1]}", max(some[:2], key=SYMBOLS.index)
+        return f"{first} {second}", max(first, second, key=SYMBOLS.index)
     if verb == "sort":
-        return "".join(some), "".join(CHAIN[verb](some))
+        return "".join(elements), "".join(OPERATIONS[verb](elements))
     if verb == "add":
-        return f"{some[0]} {some[1]}", f"{masses[0]:02}+{masses[1]:02}={masses[0] + masses[1]:02}"
+        return f"{first} {second}", f"{mass:02}+{other_mass:02}={mass + other_mass:02}"
     if verb == "count":
         return "".join(formula), str(sum(counts))
     if verb == "sum":
-        return " ".join(formula), running(counts)
-    return chain(rng, some[:3])                                             # do
+        return " ".join(formula), running_sums(counts)
+    return chain(rng, elements[:3])                                         # the verb `do`
 
 
 def held_out(prompt):
-    """One prompt in eight, the same ones in every run."""
+    """Return whether a prompt is for evaluation: one in eight is, the same ones in every run."""
     return hashlib.md5(prompt.encode()).digest()[0] % 8 == 0
 
 
 def draw(rng, branch, verb, evaluation):
-    """One prompt row (data/prompts.py) of a skill, from the training or from the held-out side."""
+    """Return one row (data/prompts.py) of a skill, from the prompts for training or for evaluation."""
     while True:
         arguments, answer = (general if branch == "general" else domain)(rng, verb)
         prompt = f"{verb} {arguments}>"
@@ -136,28 +139,33 @@ def draw(rng, branch, verb, evaluation):
 
 
 def rows(rng, branch, verbs, count, evaluation=False):
+    """Return `count` rows of a branch, the skills in turn."""
     return [draw(rng, branch, verbs[i % len(verbs)], evaluation) for i in range(count)]
 
 
 def tokenizer(words=tuple(VERBS), symbols="", marks=" >+="):
-    """One token per word, one per symbol or character otherwise."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """Return a tokenizer with one token for every word, and otherwise for every symbol or character."""
+    # models.py comes first: it keeps transformers from taking our kernels/ for the package of that name.
+    import models  # noqa: F401
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     characters = sorted({*marks, *"0123456789", *LETTERS, *LETTERS.upper(), *symbols})
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *words, *characters])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    whole_words = [rf"\b{word}\b" for word in words]
     longest_first = sorted(symbols, key=len, reverse=True)
-    pieces = Regex("|".join([*(rf"\b{word}\b" for word in words), *longest_first, "[\\s\\S]"]))
-    core.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
-    core.decoder = decoders.Fuse()
+    pieces = tokenizers.Regex("|".join([*whole_words, *longest_first, "[\\s\\S]"]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(pieces, "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False,
                                    padding_side="left")
 
 
 def model(vocab_size, seed, hidden=128, layers=3):
-    """An untrained Qwen3 of 0.6 M parameters."""
+    """Return an untrained Qwen3 of 0.6 M parameters."""
+    import models  # noqa: F401     # first, as in `tokenizer`
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -170,10 +178,10 @@ def model(vocab_size, seed, hidden=128, layers=3):
 
 def build(out, seed, generalist, specialist, prompts, references, evaluation):
     """Write the untrained model and every prompt file to `out`. The counts are rows per file."""
-    out, everything = Path(out), COVERED + UNCOVERED + ("add", "sum")       # the hardest two come twice
-    few = max(generalist // 16, len(DOMAIN))                                # 6% of the generalist's data
-    draws = {  # file -> (branch, skills, rows)
-        "generalist": [("general", everything, generalist - few), ("domain", DOMAIN, few)],
+    skills = COVERED + UNCOVERED + ("add", "sum")                           # the hardest two come twice
+    trace = max(generalist // 16, len(DOMAIN))                              # 6% of the generalist's data
+    parts = {                               # file -> the parts that it is made of: branch, skills, rows
+        "generalist": [("general", skills, generalist - trace), ("domain", DOMAIN, trace)],
         "specialist": [("domain", DOMAIN, specialist)],
         "general": [("general", COVERED, prompts)],
         "domain": [("domain", DOMAIN, prompts // 2)],
@@ -181,10 +189,12 @@ def build(out, seed, generalist, specialist, prompts, references, evaluation):
         "eval_uncovered": [("general", UNCOVERED, evaluation)],
         "eval_domain": [("domain", DOMAIN, evaluation)]}
     files = {}
-    for name, parts in draws.items():
+    for name, its_parts in parts.items():
         rng = random.Random(f"{seed} {name}")
-        files[name] = [row for part in parts for row in rows(rng, *part, evaluation=name.startswith("eval"))]
-        if len(parts) > 1:
+        files[name] = []
+        for part in its_parts:
+            files[name] += rows(rng, *part, evaluation=name.startswith("eval"))
+        if len(its_parts) > 1:
             rng.shuffle(files[name])
     for branch, count in (("general", references), ("domain", references // 2)):
         files[f"{branch}_references"] = files[branch][:count]
@@ -192,29 +202,35 @@ def build(out, seed, generalist, specialist, prompts, references, evaluation):
     write(out, tokenizer(), seed, files)
 
 
+# ---- what all small worlds share ---------------------------------------------------------------------------
+
 def unsolved(rows):
-    """The rows without their solutions."""
+    """Return the rows without their solutions."""
     return [{key: row[key] for key in row if key != "solution"} for row in rows]
 
 
 def write(out, tok, seed, files):
-    """OUT/init, an untrained model with its tokenizer, and OUT/NAME.jsonl for each {name: rows}."""
+    """Write OUT/init, an untrained model with its tokenizer, and OUT/NAME.jsonl for each {name: rows}."""
+    out = Path(out)
     model(len(tok), seed).save_pretrained(out / "init")
     tok.save_pretrained(out / "init")
     for name, lines in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(build, about, **counts):
+    """Run a small world's `build` from the command line. counts: {its flag: (default, help)}."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--generalist", type=int, default=90_000, help="rows for the general teacher")
-    parser.add_argument("--specialist", type=int, default=40_000, help="rows for the domain teacher")
-    parser.add_argument("--prompts", type=int, default=512,
-                        help="general proxy prompts; half as many for the domain")
-    parser.add_argument("--references", type=int, default=128,
-                        help="general proxy prompts with a solution; half as many for the domain")
-    parser.add_argument("--evaluation", type=int, default=480, help="rows per evaluation file")
+    for flag, (default, meaning) in counts.items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default: {default})")
     build(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main(build, __doc__, generalist=(90_000, "rows for the general teacher"),
+         specialist=(40_000, "rows for the domain teacher"),
+         prompts=(512, "general proxy prompts; half as many for the domain"),
+         references=(128, "general proxy prompts with a solution; half as many for the domain"),
+         evaluation=(480, "rows per evaluation file"))

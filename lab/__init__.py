@@ -1,1 +1,1 @@
-"""What looks at runs or arranges them: recipes, reports, tables, the diagnosis, the preflight. Training works without."""
+"""What looks at runs or arranges them. Training works without this folder; README.md has the studies."""

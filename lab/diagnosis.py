@@ -3,8 +3,8 @@
 CaMOPD (2605.27115) names two failures of mixing branches: counteraction, branches whose gradients have a
 negative dot product, and flattening, rollouts with a small gap that dilute the batch. Whether they are there
 is measured at one point of the training, on new rollouts of every branch's next prompts. The gradients
-g_1 .. g_n of a branch are those of the method's objective, each rollout alone with weight 1; selected are
-those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
+g_1 .. g_n of a branch are those of the method's objective, each rollout alone with weight 1. The selected
+rollouts are those that hold the branch's `mass` of the gap (0.8 where the method keeps all):
 
     kept, norm    how many rollouts are selected; |mean of the gradients|
     coherence     Coh(A) = |sum_A g_i| / sum_A |g_i|                                            (sec. 4.4)
@@ -29,6 +29,7 @@ ones drawn at random: coherence, signal and errors are estimates then. With --di
 layers count, and steps are left out, since clipping needs the norm of the whole gradient.
 """
 import contextlib
+import copy
 import itertools
 import math
 import statistics
@@ -40,63 +41,83 @@ from config import Refused
 from methods import by_branch
 from methods.camopd import demand, top_gap_mass
 
-LARGEST = 2**30                     # bytes of the gradients of all rollouts
-SILENT = 1e-5                       # a branch whose gradients are that much smaller than another's has only
-#                                     rounding, which in bfloat16 may be more
-DRAWS = 200
+LARGEST = 2**30                     # the most bytes that the gradients of all rollouts may take
+# Where two equal models are compared, what remains of a gradient is rounding. A branch whose largest gradient
+# is below this share of another branch's counts as without any. In bfloat16 the rounding may be larger.
+SILENT = 1e-5
+DRAWS = 200                         # random choices of rollouts, whose mean is gcg_random
 EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1, 2, 4, 8)     # of gaps on tokens, nats
 
 
 def diagnose(run, gradients):
     """Return what the branches' gradients are like at the student's present parameters.
 
-    New rollouts of every branch are sampled, scored and weighted as the method does it, and not learned from.
-    gradients(job, parameters, weights): the gradient of a Job for some parameters, with the method's own
-    weights where none are given.
+    New rollouts of every branch are sampled, scored and weighted as the method does it. Nothing is learned
+    from them. gradients(job, parameters, weights): the gradient of a Job for some parameters, with the
+    method's own weights where none are given.
     """
-    cfg, student, parameters = run.cfg, run.student, watched(run.student, run.cfg.diagnose_layers)
-    count = cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))
+    cfg, student, count = run.cfg, run.student, rollouts_per_branch(run.cfg)
+    parameters = watched(student, cfg.diagnose_layers)
+    shares = {branch: prompts / sum(run.shares.values()) for branch, prompts in run.shares.items()}
     with run.without_side_effects("diagnose"), only(student, parameters):
-        prompts = [prompt for branch in run.branches for prompt in run.draw(branch, count=count)]
+        prompts = []
+        for branch in run.branches:
+            prompts += run.draw(branch, count=count)
         rollouts = run.sample(student, prompts, n=1)
         measured = {branch: measure(run, group, parameters, len(rollouts), gradients)
                     for branch, group in by_branch(rollouts).items()}
-        shares = {branch: n / sum(run.shares.values()) for branch, n in run.shares.items()}
         return numbers(student, parameters, measured, shares, cfg)
 
 
+def rollouts_per_branch(cfg):
+    """Return how many rollouts of every branch a diagnosis looks at."""
+    return cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))
+
+
 def measure(run, rollouts, parameters, total, gradients):
-    """Return the gradients of one branch: of each rollout alone; of both halves, plain and the method's."""
+    """Return what is Measured of one branch. total: the rollouts of all branches together."""
     [job] = run.route(rollouts)
     run.score([job])
-    branch, mass = job.branch, getattr(run.cfg, "mass", {}).get(job.branch, 1)
-    demand_N = torch.stack([demand(run, branch, gap_T) for gap_T in job.gaps])
-    mass = mass if mass < 1 else 0.8                                # where all are kept: what 0.8 would keep
-    halves = [half(job, i) for i in (0, 1)]
-    means, rows = [[torch.zeros_like(p) for p in parameters] for _ in halves], []
-    for i, r in enumerate(rollouts):
-        alone = [torch.full_like(gap_T, float(other is r) / len(r.ids_T))
-                 for other, gap_T in zip(rollouts, job.gaps)]
-        gradient = gradients(job, parameters, alone)
+    halves = [half(job, 0), half(job, 1)]
+
+    # The gradient of each rollout alone, and the mean of those of each half.
+    means = [[torch.zeros_like(p) for p in parameters] for _ in halves]
+    rows = []
+    for i in range(len(rollouts)):
+        gradient = gradients(job, parameters, weigh_one(job, i))
         for sum_of_half, g in zip(means[i % 2], gradient):
             sum_of_half += g / len(halves[i % 2].rollouts)
         rows.append(entries(gradient, total))
+
+    # The gradient of each half with the weights that the method gives its rollouts.
     if run.method.select:
         own = {name: getattr(run.cfg, name) for name in run.method.own}
         for job_of_half in halves:
             run.method.select(run, [job_of_half], **own)
     steps = [gradients(job_of_half, parameters) for job_of_half in halves]
+
+    demand_N = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])
+    mass = getattr(run.cfg, "mass", {}).get(job.branch, 1)
+    mass = mass if mass < 1 else 0.8            # where the method keeps all: what the paper's mass would keep
     return Measured(torch.stack(rows), means, steps, mass, top_gap_mass(demand_N, mass), demand_N, job.gaps)
 
 
+def weigh_one(job, chosen):
+    """Return weights per token with which a Job's loss is the mean over the tokens of one rollout alone."""
+    weights = [torch.zeros_like(gap_T) for gap_T in job.gaps]
+    weights[chosen] += 1 / len(weights[chosen])
+    return weights
+
+
 def half(job, first):
-    """Return a Job on every second rollout of a scored one."""
-    every_second = {name: getattr(job, name)[first::2] for name in ("rollouts", "lp", "lq", "hidden_t")}
-    return replace(job, **every_second)
+    """Return a Job on every second rollout of a scored one. first: 0 or 1, the rollout to begin with."""
+    states = job.hidden_t and job.hidden_t[first::2]            # None where the loss needs no states
+    return replace(job, rollouts=job.rollouts[first::2], lp=job.lp[first::2], lq=job.lq[first::2],
+                   hidden_t=states)
 
 
 def watched(student, layers):
-    """The parameters that learn, in the last `layers` of the network's layers; 0: in the whole network."""
+    """Return the parameters that learn, of the last `layers` layers; 0 means those of the whole network."""
     if not layers:
         return [p for p in student.net.parameters() if p.requires_grad]
     count = student.config.num_hidden_layers
@@ -110,7 +131,7 @@ def watched(student, layers):
 
 @contextlib.contextmanager
 def only(student, parameters):
-    """The time in which only some parameters have gradients: backward passes stop where these begin."""
+    """Context manager: only some parameters have gradients, and backward passes stop where these begin."""
     wanted = set(parameters)
     rest = [p for p in student.net.parameters() if p.requires_grad and p not in wanted]
     try:
@@ -123,9 +144,9 @@ def only(student, parameters):
 
 
 def entries(gradient, rollouts):
-    """A gradient as one vector [D], or a sample of it if `rollouts` of them do not fit in LARGEST bytes.
+    """Return a gradient as one vector [D], or some entries if `rollouts` of them do not fit in LARGEST bytes.
 
-    The sample is always of the same entries, and scaled so that expected dot products stay.
+    They are always the same entries, drawn at random, and scaled so that the expected dot products stay.
     """
     total, most = sum(g.numel() for g in gradient), max(LARGEST // (4 * rollouts), 1)
     if total <= most:
@@ -141,101 +162,138 @@ def entries(gradient, rollouts):
 
 @dataclass
 class Measured:
-    """One branch: N rollouts, gradients with weight 1 each."""
-    gradients_ND: torch.Tensor
-    means: list                         # of the gradients of both halves, each a tensor per parameter
-    steps: list                         # the gradients of the method's own weights on both halves, likewise
-    mass: float                         # of the gap that is selected
-    kept_N: torch.Tensor                # which rollouts hold it
-    demand_N: torch.Tensor              # by which score
+    """What is measured of one branch with N rollouts. In gradients_ND and means each rollout has weight 1."""
+    gradients_ND: torch.Tensor          # the gradient of every rollout alone
+    means: list                         # of the gradients in each half of the rollouts: one per parameter
+    steps: list                         # the gradients of both halves with the method's own weights, likewise
+    mass: float                         # the share of the gap that the selected rollouts hold
+    kept_N: torch.Tensor                # whether a rollout is selected
+    demand_N: torch.Tensor              # the score that selection sorts by
     gaps: list                          # log q(y) - log p(y), [T] each
 
 
 def numbers(student, parameters, measured, shares, cfg):
-    """What metrics.jsonl keeps. measured: {branch: Measured}; shares: {branch: share of a mixed step}."""
-    norms = {branch: m.gradients_ND.norm(dim=1).max().item() for branch, m in measured.items()}
-    for branch, m in measured.items():                  # what equal models differ by is rounding, no gradient
-        if norms[branch] < SILENT * max(norms.values()):
-            m.gradients_ND = torch.zeros_like(m.gradients_ND)
-            m.means, m.steps = ([[0 * g for g in half] for half in halves] for halves in (m.means, m.steps))
-    first = {branch: (len(m.gradients_ND) + 1) // 2 / len(m.gradients_ND) for branch, m in measured.items()}
-    middle = {branch: [first[branch] * a + (1 - first[branch]) * b for a, b in zip(*m.means)]
-              for branch, m in measured.items()}
-    branches = {branch: {"mass": m.mass, "norm": math.sqrt(dot(middle[branch], middle[branch]))}
-                | branch_numbers(m.gradients_ND @ m.gradients_ND.T, m.kept_N, cfg.seed)
-                | gap_numbers(m.gaps, m.demand_N) for branch, m in measured.items()}
-    pairs = {f"{a}, {b}": pair_numbers(dot(middle[a], middle[b]), branches[a], branches[b],
-                                       measured[a].gradients_ND @ measured[b].gradients_ND.T)
-             for a, b in itertools.combinations(measured, 2)}
+    """Return what metrics.jsonl keeps.
+
+    measured: {branch: Measured}. shares: {branch: its share of a step that mixes all branches}.
+    """
+    silence(measured)
+    middle = {branch: mean_gradient(m) for branch, m in measured.items()}
+    branches = {}
+    for branch, m in measured.items():
+        branches[branch] = {"mass": m.mass, "norm": math.sqrt(dot(middle[branch], middle[branch])),
+                            **branch_numbers(m.gradients_ND @ m.gradients_ND.T, m.kept_N, cfg.seed),
+                            **gap_numbers(m.gaps, m.demand_N)}
+    pairs = {}
+    for a, b in itertools.combinations(measured, 2):
+        gram_NM = measured[a].gradients_ND @ measured[b].gradients_ND.T
+        pairs[f"{a}, {b}"] = pair_numbers(dot(middle[a], middle[b]), branches[a], branches[b], gram_NM)
     found = {"branches": branches, "pairs": pairs}
     if not cfg.diagnose_layers:
-        found["steps"] = both_halves([trial_steps(
-            student, parameters, directions(measured, shares, half),
-            {branch: m.means[1 - half] for branch, m in measured.items()}, cfg.lr, cfg.grad_clip)
-            for half in (0, 1)])
+        steps = []
+        for i in (0, 1):                                # a step from one half is judged on the other half
+            others = {branch: m.means[1 - i] for branch, m in measured.items()}
+            steps.append(trial_steps(student, parameters, directions(measured, shares, i), others, cfg.lr,
+                                     cfg.grad_clip))
+        found["steps"] = mean_steps(*steps)
     return found
 
 
+def silence(measured):
+    """Set the gradients of a branch that has nothing but rounding to 0 (see SILENT)."""
+    norms = {branch: m.gradients_ND.norm(dim=1).max().item() for branch, m in measured.items()}
+    for branch, m in measured.items():
+        if norms[branch] < SILENT * max(norms.values()):
+            m.gradients_ND = torch.zeros_like(m.gradients_ND)
+            for gradient in (*m.means, *m.steps):
+                gradient[:] = [torch.zeros_like(g) for g in gradient]
+
+
+def mean_gradient(m):
+    """Return the mean gradient of all rollouts of a branch, a tensor per parameter."""
+    count = len(m.gradients_ND)
+    share = (count + 1) // 2 / count                    # of the first half, which may have one rollout more
+    return [share * a + (1 - share) * b for a, b in zip(*m.means)]
+
+
 def dot(a, b):
+    """Return the dot product of two gradients, each a tensor per parameter."""
     return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
 
 
 def directions(measured, shares, half):
-    """{branch: the method's gradient on one half of the rollouts}; beside several branches their mixture."""
+    """Return {branch: the method's gradient on one half of the rollouts}, and of several their mixture."""
     out = {branch: m.steps[half] for branch, m in measured.items()}
     if len(measured) > 1:
-        out["+".join(measured)] = [sum(shares[branch] * g for branch, g in zip(measured, some))
-                                   for some in zip(*(m.means[half] for m in measured.values()))]
+        mixed = [0] * len(next(iter(out.values())))
+        for branch, m in measured.items():
+            mixed = [total + shares[branch] * g for total, g in zip(mixed, m.means[half])]
+        out["+".join(measured)] = mixed
     return out
 
 
-def both_halves(steps):
-    """The means of two results of trial_steps."""
-    return {name: {"step": (one["step"] + other["step"]) / 2,
-                   "change": {b: (x + other["change"][b]) / 2 for b, x in one["change"].items()}}
-            for (name, one), other in zip(steps[0].items(), steps[1].values())}
+def mean_steps(first, second):
+    """Return the means of two results of trial_steps."""
+    out = {}
+    for name, one in first.items():
+        other = second[name]
+        change = {branch: (x + other["change"][branch]) / 2 for branch, x in one["change"].items()}
+        out[name] = {"step": (one["step"] + other["step"]) / 2, "change": change}
+    return out
 
 
 def coherence(gram_NN):
-    """Coh of all rollouts of a matrix of dot products. CaMOPD sec. 4.4. No gradient at all: 0."""
+    """Return Coh of some rollouts from their gradients' dot products; 0: there is no gradient. Sec. 4.4."""
     lengths = gram_NN.diagonal().clamp(min=0).sqrt().sum().item()
     return math.sqrt(max(gram_NN.sum().item(), 0)) / lengths if lengths else 0.0
 
 
 def alignment(gram_NN):
-    """Mean product of two different gradients over the mean square of one; None: fewer than two, or none."""
+    """Return the mean product of two different gradients over the mean square of one.
+
+    None: there are fewer than two rollouts, or no gradient.
+    """
     n, own = len(gram_NN), gram_NN.trace().item()
     return (gram_NN.sum().item() - own) / ((n - 1) * own) if n > 1 and own else None
 
 
 def branch_numbers(gram_NN, kept_N, seed):
-    """Coherence, GCG and noise of one branch from its gradients' dot products and which are selected."""
+    """Return coherence, GCG and noise of one branch from its gradients' dot products.
+
+    kept_N: whether a rollout is selected.
+    """
     n, kept = len(gram_NN), kept_N.nonzero().flatten()
     among = lambda some: gram_NN[some][:, some]
     whole, chosen = coherence(gram_NN), coherence(among(kept))
-    generator = torch.Generator().manual_seed(seed)
-    random = statistics.mean(
-        coherence(among(torch.randperm(n, generator=generator)[:len(kept)].to(kept.device)))
-        for _ in range(DRAWS))
-    total, own = gram_NN.sum().item(), gram_NN.trace().item()
-    signal = (total - own) / (n * (n - 1)) if n > 1 else None
-    spread = (own - total / n) / (n - 1) if n > 1 else None
+    generator, at_random = torch.Generator().manual_seed(seed), []
+    for _ in range(DRAWS):
+        some = torch.randperm(n, generator=generator)[:len(kept)]
+        at_random.append(coherence(among(some.to(kept.device))))
+    gain = lambda coherent: coherent / whole - 1 if whole else None
+
+    # |sum of the gradients|^2 holds n squares with their noise, and n (n - 1) products of two, without bias.
+    total, squares = gram_NN.sum().item(), gram_NN.trace().item()
+    signal = (total - squares) / (n * (n - 1)) if n > 1 else None
+    noise = (squares - total / n) / (n - 1) if n > 1 else None          # the trace of the covariance
     return {"rollouts": n, "kept": len(kept), "signal": signal,
-            "noise_scale": spread / signal if n > 1 and signal > 0 else None,
+            "noise_scale": noise / signal if n > 1 and signal > 0 else None,
             "coherence": whole, "coherence_kept": chosen,
             "alignment": alignment(gram_NN), "alignment_kept": alignment(among(kept)),
-            "gcg": chosen / whole - 1 if whole else None, "gcg_random": random / whole - 1 if whole else None}
+            "gcg": gain(chosen), "gcg_random": gain(statistics.mean(at_random))}
 
 
 def pair_numbers(product, a, b, gram_NM):
-    """Of two branches: their mean gradients' product and its error, from the products of single ones.
+    """Return the dot product of two branches' mean gradients with its error, and the cosine.
 
-    The noise of single products is in the variance of both rows' and columns' means: it is subtracted once.
+    product: of the means. a, b: the branch_numbers of both, with their norm. gram_NM: the products of single
+    gradients, from which the error comes. Their noise is in the variance of the rows' means and again in that
+    of the columns' means, so it is subtracted once.
     """
     n, m = gram_NM.shape
     rows, columns = gram_NM.mean(1), gram_NM.mean(0)
-    left = gram_NM - rows[:, None] - columns + gram_NM.mean()
-    variance = (rows.var() / n + columns.var() / m - left.square().sum() / ((n - 1) * (m - 1) * n * m)).item()
+    left_NM = gram_NM - rows[:, None] - columns + gram_NM.mean()
+    noise = left_NM.square().sum() / ((n - 1) * (m - 1) * n * m)
+    variance = (rows.var() / n + columns.var() / m - noise).item()
     signal = a["signal"] * b["signal"] if min(a["signal"], b["signal"]) > 0 else None
     return {"dot": product, "dot_error": math.sqrt(max(variance, 0)),
             "cosine": product / (a["norm"] * b["norm"]) if a["norm"] and b["norm"] else None,
@@ -243,11 +301,12 @@ def pair_numbers(product, a, b, gram_NM):
 
 
 def gap_numbers(gaps, demand_N):
-    """How a branch's gap is spread: over tokens (histogram) and over rollouts (shares of the summed score).
+    """Return how a branch's gap is spread over tokens (histogram) and over rollouts (deciles).
 
     gaps: log q(y) - log p(y) of every rollout, [T]. demand_N: the score that selection sorts by.
-    histogram: tokens below EDGES[0], between the edges, above the last. deciles: the share of the tenth of
-    the rollouts with the largest score, the next tenth, ..; None where there is no gap.
+    histogram: how many tokens are below EDGES[0], between two edges, and above the last one. deciles: which
+    share of the summed score the tenth of the rollouts with the largest score holds, the next tenth, and so
+    on; None where there is no gap.
     """
     edges = torch.tensor(EDGES, dtype=torch.float32)
     bins = torch.bucketize(torch.cat(gaps).cpu().float(), edges)
@@ -262,18 +321,20 @@ def gap_numbers(gaps, demand_N):
 
 @torch.no_grad()
 def trial_steps(student, parameters, directions, gradients, lr, clip):
-    """{name: {"step", "change": {branch: x}}}: the optimizers' next step if its gradient were that alone.
+    """Return {name: {"step", "change": {branch: x}}}: the optimizers' next step from each direction alone.
 
-    directions: {name: a gradient per parameter}; gradients: {branch: likewise}, of the losses whose change is
+    directions: {name: a gradient per parameter}. gradients: {branch: likewise}, of the losses whose change is
     asked for. Momentum and weight decay are left out: what counts is what this gradient adds now and later,
-    not what earlier ones left. Nothing of student or optimizers changes.
+    not what earlier ones left. Nothing of the student or of its optimizers changes.
     """
-    where = {p: (o, group) for o in student.optimizers for group in o.param_groups for p in group["params"]}
+    where = {}                                          # parameter -> its optimizer and parameter group
+    for optimizer in student.optimizers:
+        for group in optimizer.param_groups:
+            where |= dict.fromkeys(group["params"], (optimizer, group))
     size = dict.fromkeys(directions, 0.0)
     change = {name: dict.fromkeys(gradients, 0.0) for name in directions}
     for name, direction in directions.items():
-        norm = math.sqrt(sum(g.double().square().sum().item() for g in direction))
-        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        factor = min(1.0, clip / (math.sqrt(dot(direction, direction)) + 1e-6)) if clip else 1.0
         for i, p in enumerate(parameters):
             delta = trial_step(*where[p], p, factor * direction[i], lr)
             size[name] += delta.double().square().sum().item()
@@ -283,13 +344,12 @@ def trial_steps(student, parameters, directions, gradients, lr, clip):
 
 
 def trial_step(optimizer, group, parameter, gradient, lr):
-    """The change of one parameter in a step of its optimizer's twin, which has no momentum and no decay."""
+    """Return the change of one parameter in a step of a copy of its optimizer, without momentum and decay."""
     twin = parameter.detach().clone()
     twin.grad = gradient.to(twin.dtype)
-    options = {key: value for key, value in group.items() if key != "params"} | {"weight_decay": 0.0}
+    options = group | {"params": [twin], "lr": lr, "weight_decay": 0.0}
     options |= {"betas": (0.0, group["betas"][1])} if "betas" in group else {"momentum": 0.0}
-    other = type(optimizer)([{**options, "params": [twin], "lr": lr}], lr=lr)
-    other.state[twin] = {key: value.clone() if torch.is_tensor(value) else value
-                         for key, value in optimizer.state.get(parameter, {}).items()}
+    other = type(optimizer)([options], lr=lr)
+    other.state[twin] = copy.deepcopy(optimizer.state.get(parameter, {}))
     other.step()
     return twin - parameter

@@ -1,9 +1,10 @@
 """The preflight of --dry_run: what a run would do and need, from configs, tokenizers and prompts alone.
 
-Everything that takes no weights is the run's own code: prompts are read, rendered and checked, tokenizers
-compared, flags completed. Memory is counted on fake tensors, which have shapes but no contents: the model's
-own forward and backward pass for one micro-batch, every tensor from its creation to its end (Live). What the
-model does not compute is counted by formula: optimizer, KV cache, logits, the buffers of the fused loss.
+Everything that takes no weights is the run's own code: prompts are read, rendered and checked, tokenizers are
+compared, and flags are completed. The memory is counted on fake tensors, which have shapes but no contents:
+the model's own forward and backward pass runs on them for one micro-batch, and every tensor counts from its
+creation to its end (Live). What the model does not compute is counted by formula: the optimizer, the KV
+cache, the logits, and the buffers of the fused loss.
 """
 import functools
 import weakref
@@ -18,37 +19,46 @@ from data.check import fixed_texts
 from kernels.chunked import CHUNK_BYTES
 from models import average_values, fake_mode, tensors
 
-from .diagnosis import LARGEST, watched
+from .diagnosis import LARGEST, rollouts_per_branch, watched
 
 PHASES = ("sample", "score", "update")
-UNKNOWN = -1                        # bytes of what cannot run on fake tensors
+UNKNOWN = -1                        # the size of what cannot run on fake tensors
 SAMPLED_LOGITS = 5                  # float32 copies of the last logits while a token is drawn
 STATES = {torch.optim.AdamW: 2, torch.optim.Muon: 1, torch.optim.SGD: 0}     # float32 numbers per parameter
+GIB = 2**30
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that are made in this context and still alive, and their peak.
+    """A context that counts the bytes of the tensors made in it that are still alive, and their peak.
 
     known: tensors that were there before, whose views are not new.
     """
 
     def __init__(self, known=()):
         super().__init__()
-        self.sizes, self.now, self.peak = {x.untyped_storage()._cdata: 0 for x in known}, 0, 0
+        self.sizes = {x.untyped_storage()._cdata: 0 for x in known}     # address of a storage -> its bytes
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        """Run an operation, and count the storages in its result that are new."""
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.forget, storage._cdata)
+                self.count(tensor.untyped_storage())
         return out
 
+    def count(self, storage):
+        """Count a storage from now until it is freed. A view shares the storage of its tensor."""
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key)
+
     def forget(self, key):
+        """Take off the bytes of a storage that was freed."""
         self.now -= self.sizes.pop(key, 0)
 
 
@@ -60,144 +70,219 @@ def show(run):
 
 
 def distinct(run):
-    """The teachers with weights of their own, each once; a moving average is part of its student here."""
+    """Return the teachers that are not a student or its average, each once."""
     own = [t for t in run.self_teachers if t and t not in run.students and not t.values]
     return list(dict.fromkeys([*run.teachers.values(), *own]))
 
 
 def about_models(run):
-    for role, model in [*(("student", student) for student in run.students),
-                        *(("teacher", teacher) for teacher in distinct(run))]:
-        count = sum(p.numel() for p in model.net.parameters()) / 1e9
-        learns = sum(p.numel() for p in model.net.parameters() if p.requires_grad) / 1e9
-        what = ("the student without its adapter" if model.without_adapter else
-                f"{count:.3f} B parameters" + f", of which {learns:.3f} B learn" * (role == "student"))
+    """Say which models there are, how large they are, and how much of them learns."""
+    roles = {student: "student" for student in run.students}
+    for model in [*run.students, *distinct(run)]:
+        role = roles.get(model, "teacher")
+        count = sum(p.numel() for p in model.net.parameters())
+        learns = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+        what = f"{count / 1e9:.3f} B parameters"
+        if model.without_adapter:
+            what = "the student without its adapter"
+        elif role == "student":
+            what += f", of which {learns / 1e9:.3f} B learn"
         print(f"{role}  {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
 
 
 def about_tokens(run):
-    tok = run.student.tok
+    """Say which tokens end a completion, and which token ids the models share."""
+    student, tok = run.student, run.student.tok
     names = lambda ids: ", ".join(f"{tok.decode(i)!r} ({i})" for i in ids)
-    print(f"stops    a completion ends at {names(run.student.stops)}, learned like any other token")
+    print(f"stops    a completion ends at {names(student.stops)}, learned like any other token")
     pad = "none" if tok.pad_token_id is None else names([tok.pad_token_id])
     print(f"padding  is known from lengths; the tokenizer's pad token, {pad}, plays no role")
     for model in [*run.students, *distinct(run)]:
         print(f"ids      {model.path}: {len(model.tok.get_vocab()):,} in the tokenizer, "
               f"{len(model.net.get_output_embeddings().weight):,} rows in the head; the first "
-              f"{run.student.vocab:,} are shared, the other rows have no probability")
+              f"{student.vocab:,} are shared, the other rows have no probability")
     if kind := getattr(run.cfg, "self_teacher", None):
         print(f"itself   the student is its own teacher ({kind}), and reads up to "
-              f"{run.longest.read:,} tokens before the completion")
+              f"{longest_read(run):,} tokens before the completion")
+
+
+def longest_read(run):
+    """Return the tokens of the longest prompt that any model reads."""
+    return max(run.longest.read, run.longest.prompt)
 
 
 def about_prompts(run):
-    """The first prompt of every branch as both models see it, and where the loss begins and ends."""
+    """Show the first prompt of every branch as both models see it, and where the loss begins and ends."""
     student = run.student
     for branch, rows in run.prompts.items():
         row, teacher = rows[0], run.teachers.get(branch)
         seen = student.encode(row["prompt"])
-        print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens",
-              f"  {student.tok.decode(seen)!r}", sep="\n")
+        print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens")
+        print(f"  {student.tok.decode(seen)!r}")
         if teacher:
             theirs = teacher.encode(row["prompt"])
             print("the teacher sees the same tokens" if theirs == seen else
                   f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
-        fixed = next((row[field] for field in fixed_texts(run.method) if field in row), "")
-        *answer, stop = student.encode_completion(fixed)
-        token = lambda loss, i: f"  {loss:6}{i:<9}{student.tok.decode(i)!r}"
-        print(f"and where the loss is{', with its fixed text for a completion' if answer else ''}:",
-              "  loss  id       token", "  ..", *(token("no", i) for i in seen[-3:]),
-              *(token("yes", i) for i in answer[:3]), "  ..", token("yes", stop), sep="\n")
+        show_loss(run, row, seen)
+
+
+def show_loss(run, row, seen):
+    """Show the tokens around the point where the loss begins, and the token where it ends."""
+    student = run.student
+    fixed = next((row[field] for field in fixed_texts(run.method) if field in row), "")
+    *answer, stop = student.encode_completion(fixed)
+    line = lambda loss, i: print(f"  {loss:6}{i:<9}{student.tok.decode(i)!r}")
+    print(f"and where the loss is{', with its fixed text for a completion' if answer else ''}:")
+    print("  loss  id       token")
+    print("  ..")
+    for i in seen[-3:]:
+        line("no", i)
+    for i in answer[:3]:
+        line("yes", i)
+    print("  ..")
+    line("yes", stop)
 
 
 def about_steps(run):
-    cfg = run.cfg
+    """Say how many steps there are, of what size, and how often they go through the prompts."""
+    cfg, longest = run.cfg, run.longest
     print(f"\nsteps    {run.total} with {cfg.method}, loss {cfg.loss}, lr {cfg.lr:g}; each {cfg.batch} "
-          f"prompts (at most {run.longest.prompt} tokens) with {getattr(cfg, 'rollouts', 1)} completion(s) (at most "
-          f"{run.longest.completion})")
-    mixed = " if every step takes all branches" * (len(run.shares) > 1)
+          f"prompts (at most {longest.prompt} tokens) with {per_prompt(cfg)} completion(s) (at most "
+          f"{longest.completion})")
+    mixed = " if every step takes all branches" if len(run.shares) > 1 else ""
+    each = " for each student" if len(run.students) > 1 else ""
     for branch, count in run.shares.items():
         rows = len(run.prompts[branch])
-        print(f"         {branch}: {count * cfg.steps / rows:.2f} epochs of {rows:,} prompts{mixed}"
-              + " for each student" * (len(run.students) > 1))
+        print(f"         {branch}: {count * cfg.steps / rows:.2f} epochs of {rows:,} prompts{mixed}{each}")
+
+
+def per_prompt(cfg):
+    """Return how many completions a prompt has; a method without --rollouts has one."""
+    return getattr(cfg, "rollouts", 1)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
 
 def about_memory(run):
+    """Print the predicted memory as a table of parts by phases, with the sum of every phase."""
     title = f"memory on {run.cfg.device}, GiB, predicted"
     print(f"\n{title:50}" + "".join(f"{phase:>9}" for phase in PHASES))
     parts, sums = memory(run), Counter()
-    gib = lambda size: f"{'?':>9}" if size == UNKNOWN else f"{size / 2**30:9.2f}" if size else f"{'-':>9}"
     for name, sizes in parts.items():
         name = name if len(name) <= 48 else f"{name[:20]}..{name[-26:]}"
         print(f"  {name:48}" + "".join(gib(sizes.get(phase, 0)) for phase in PHASES))
         sums.update({phase: size for phase, size in sizes.items() if size != UNKNOWN})
     print(f"  {'all':48}" + "".join(gib(sums[phase]) for phase in PHASES))
     print("  beside them about 0.6 GiB for the libraries, and a few percent between the blocks")
-    if any(size == UNKNOWN for sizes in parts.values() for size in sizes.values()):
+    if any(UNKNOWN in sizes.values() for sizes in parts.values()):
         print("  ? = not predicted: does not run on fake tensors (layers that route tokens by value do not)")
     if run.cfg.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(run.cfg.device)
-        print(f"  this card, {card.name}, has {card.total_memory / 2**30:.1f} GiB")
+        print(f"  this card, {card.name}, has {card.total_memory / GIB:.1f} GiB")
+
+
+def gib(size):
+    """Return a cell of the table: GiB, or a mark for nothing and for what is not known."""
+    if size == UNKNOWN:
+        return f"{'?':>9}"
+    return f"{size / GIB:9.2f}" if size else f"{'-':>9}"
+
+
+def always(size):
+    """Return the sizes of a part that is there in every phase."""
+    return dict.fromkeys(PHASES, size)
 
 
 def memory(run):
-    """{part: {phase: bytes}} on the student's device, where prompts and completions have their full length.
+    """Return {part: {phase: bytes}} on the student's device, where prompts and completions have full length.
 
-    The phases are the loop's; evaluation belongs to "sample". The student samples: what a teacher or a tutor
-    takes that writes (seqkd, opcod) is not counted there. Of two students only the one that learns is, with
-    --teacher_device swap.
+    The phases are the loop's, and evaluation belongs to "sample". The student samples: what a teacher or a
+    tutor takes while it writes (seqkd, opcod) is not counted there.
     """
-    cfg, student, teachers = run.cfg, run.student, [t for t in distinct(run) if not t.without_adapter]
-    students = run.students[:1] if cfg.teacher_device == "swap" else run.students
-    on_cpu, sequences = cfg.device == "cpu", cfg.batch * getattr(cfg, "rollouts", 1)
-    length = run.longest.prompt + run.longest.completion
-    read = max(run.longest.read, run.longest.prompt) + run.longest.completion      # by the teacher
-    micro, micro_t = (max(1, min(sequences, cfg.micro_tokens // n)) for n in (length, read))
-    here = cfg.teacher_device != "cpu" or on_cpu
-    always = lambda size: dict.fromkeys(PHASES, size)
-    parts = {"student's weights": always(weight_bytes(student))}
-    if len(students) > 1:
-        parts = {"both students' weights": always(sum(map(weight_bytes, students)))}
-    if student.average:
-        kept = sum(value.nbytes for s in students for value in average_values(s))
-        parts["moving averages"] = {"score": kept} if cfg.teacher_device == "swap" else always(kept)
-    if cfg.teacher_device == "swap":                            # one at a time
+    teachers = [teacher for teacher in distinct(run) if not teacher.without_adapter]
+    parts = kept_bytes(run, teachers) | passing_bytes(run, teachers)
+    if getattr(run.cfg, "diagnose_every", 0):
+        parts["diagnosis, gradients of branches and rollouts"] = {"update": diagnosis_bytes(run)}
+    return parts
+
+
+def teachers_compute_here(cfg):
+    """Whether the teachers compute on the student's device."""
+    return cfg.teacher_device != "cpu" or cfg.device == "cpu"
+
+
+def kept_bytes(run, teachers):
+    """Return the parts that stay from step to step: weights, averages, optimizer, and the gradients."""
+    swap = run.cfg.teacher_device == "swap"
+    students = run.students[:1] if swap else run.students       # with swap only the one that learns is there
+    name = "student's weights" if len(students) == 1 else "both students' weights"
+    parts = {name: always(sum(map(weight_bytes, students)))}
+    if run.student.average:
+        kept = sum(value.nbytes for student in students for value in average_values(student))
+        parts["moving averages"] = {"score": kept} if swap else always(kept)
+    if swap:                                                    # one teacher at a time
         parts["weights of a teacher"] = {"score": max(map(weight_bytes, teachers), default=0)}
-    else:
-        parts |= {f"weights of {teacher.path}": always(weight_bytes(teacher)) for teacher in teachers if here}
-    parts["optimizer"] = always(sum(
-        4 * STATES[type(optimizer)] * p.numel() for s in students for optimizer in s.optimizers
-        for group in optimizer.param_groups for p in group["params"]))
-    parts["gradients"] = {"update": sum(p.nbytes for p in student.net.parameters() if p.requires_grad)}
-    written = max([sequences * run.method.samples,
-                   *(len(rows) * cfg.eval_rollouts for rows in run.evals.values())])
+    elif teachers_compute_here(run.cfg):
+        for teacher in teachers:
+            parts[f"weights of {teacher.path}"] = always(weight_bytes(teacher))
+    parts["optimizer"] = always(sum(map(optimizer_bytes, students)))
+    parts["gradients"] = {"update": sum(p.nbytes for p in run.student.net.parameters() if p.requires_grad)}
+    return parts
+
+
+def passing_bytes(run, teachers):
+    """Return the parts that come and go within a step: sampling, one micro-batch, and the loss."""
+    cfg, student, parts = run.cfg, run.student, {}
+    prompt, completion = run.longest.prompt, run.longest.completion
+    length, read = prompt + completion, longest_read(run) + completion
+    sequences = cfg.batch * per_prompt(cfg)
+    micro, micro_read = (max(1, min(sequences, cfg.micro_tokens // tokens)) for tokens in (length, read))
+
+    evaluated = [len(rows) * cfg.eval_rollouts for rows in run.evals.values()]
+    written = max([sequences if run.method.samples else 0, *evaluated])
     if sampled := min(written, cfg.sample_batch):
         parts[f"sampling {sampled} x {length:,} tokens"] = {
-            "sample": sampling_bytes(student, sampled, run.longest.prompt, length)}
-    reading = [student, *(distinct(run) if here else [])] if run.teachers or any(run.self_teachers) else []
-    peaks = [forward_bytes(model, micro_t, read) for model in reading]
+            "sample": sampling_bytes(student, sampled, prompt, length)}
+
+    readers = []                                                # the models that score
+    if run.teachers or any(run.self_teachers):
+        readers = [student, *(distinct(run) if teachers_compute_here(cfg) else [])]
+    peaks = [forward_bytes(model, micro_read, read) for model in readers]
     parts[f"{micro} x {length:,} tokens through the layers"] = {
         "score": UNKNOWN if UNKNOWN in peaks else max(peaks, default=0),
         "update": update_bytes(student, micro, length, sequences > micro)}
-    tokens = micro * run.longest.completion
+
+    tokens = micro * completion
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
-    parts["logits of the fused loss"] = always(buffers) if on_cpu else dict.fromkeys(PHASES[1:], buffers)
+    parts["logits of the fused loss"] = always(buffers) if cfg.device == "cpu" else {
+        "score": buffers, "update": buffers}
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
-    if getattr(cfg, "diagnose_every", 0):
-        one, branches = 4 * sum(p.numel() for p in watched(student, cfg.diagnose_layers)), len(run.branches)
-        kept = min(one * branches * (cfg.diagnose_rollouts or max(2, min(cfg.batch, 64))), LARGEST)
-        parts["diagnosis, gradients of branches and rollouts"] = {"update": one * (4 * branches + 2) + kept}
     return parts
 
 
 def weight_bytes(model):
-    """Of parameters and buffers; of a quantised folder, what its files hold."""
+    """Return the bytes of a model's parameters and buffers; of a quantised folder, what its files hold."""
     files = list(Path(model.path).glob("*.safetensors"))
     if getattr(model.net.config, "quantization_config", None) and files:
         return sum(file.stat().st_size for file in files)
     return sum(x.nbytes for x in tensors(model.net))
+
+
+def optimizer_bytes(student):
+    """Return the bytes of a student's optimizer states, which are float32."""
+    total = 0
+    for optimizer in student.optimizers:
+        for group in optimizer.param_groups:
+            total += 4 * STATES[type(optimizer)] * sum(p.numel() for p in group["params"])
+    return total
+
+
+def diagnosis_bytes(run):
+    """Return the bytes of the gradients that a diagnosis keeps (lab/diagnosis.py)."""
+    cfg, branches = run.cfg, len(run.branches)
+    one = 4 * sum(p.numel() for p in watched(run.student, cfg.diagnose_layers))
+    rollouts = min(one * branches * rollouts_per_branch(cfg), LARGEST)
+    return one * (4 * branches + 2) + rollouts      # of a branch two halves, plain and as the method weighs
 
 
 def simulation(bytes_of):
@@ -213,7 +298,10 @@ def simulation(bytes_of):
 
 @simulation
 def sampling_bytes(model, sequences, prompt, length):
-    """The KV cache at full length, a layer's twice as it grows, logits, bfloat16 copies of the weights."""
+    """Return the bytes of sampling: the KV cache at full length, logits, and weights cast to bfloat16.
+
+    A layer's cache is there twice while it grows.
+    """
     with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.forward_context():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
@@ -221,7 +309,8 @@ def sampling_bytes(model, sequences, prompt, length):
     for layer in (getattr(out, "cache", None) or out.past_key_values).layers:
         held = sum(x.nbytes for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor))
         if getattr(layer, "keys", None) is not None:            # linear attention's states do not grow
-            held *= min(length, getattr(layer, "sliding_window", None) or length) / layer.keys.shape[-2]
+            positions = min(length, getattr(layer, "sliding_window", None) or length)
+            held *= positions / layer.keys.shape[-2]
         grown, largest = grown + held, max(largest, held)
     grown += largest
     logits = SAMPLED_LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
@@ -229,14 +318,16 @@ def sampling_bytes(model, sequences, prompt, length):
 
 
 def cast_bytes(model):
-    """Autocast's copies of the float32 matrices that learn."""
-    return sum(p.numel() * model.dtype.itemsize for p in model.net.parameters()
-               if p.ndim > 1 and p.dtype == torch.float32 and model.dtype != torch.float32)
+    """Return the bytes of autocast's copies of the float32 matrices that learn."""
+    if model.dtype == torch.float32:
+        return 0
+    matrices = [p for p in model.net.parameters() if p.ndim > 1 and p.dtype == torch.float32]
+    return sum(p.numel() for p in matrices) * model.dtype.itemsize
 
 
 @simulation
 def forward_bytes(model, sequences, length):
-    """The peak of a forward pass without gradient."""
+    """Return the peak of a forward pass without gradient."""
     with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live:
         model.last_hidden(torch.zeros(sequences, length, dtype=torch.long))
     return live.peak
@@ -244,7 +335,10 @@ def forward_bytes(model, sequences, length):
 
 @simulation
 def update_bytes(model, sequences, length, again):
-    """The peak of forward and backward beside the gradients; `again`: they are there from one before."""
+    """Return the peak of a forward and a backward pass beside the gradients.
+
+    again: the gradients are there already, from a micro-batch before.
+    """
     parameters = [p for p in model.net.parameters() if p.requires_grad]
     with fake_mode(), Live(tensors(model.net)) as live:
         for _ in range(2 if again else 1):
@@ -259,18 +353,28 @@ def update_bytes(model, sequences, length, again):
 
 
 def buffer_bytes(run, tokens):
-    """The logit buffers of the fused loss (kernels/chunked.py)."""
+    """Return the bytes of the fused loss's logit buffers (kernels/chunked.py); a divergence has two."""
     row = 4 * run.student.vocab * (2 if run.objective.divergence else 1)
-    return min(max(CHUNK_BYTES["cpu" if run.cfg.device == "cpu" else "gpu"] // row, 1), tokens) * row
+    most = CHUNK_BYTES["cpu" if run.cfg.device == "cpu" else "gpu"]
+    return min(max(most // row, 1), tokens) * row
 
 
 def loss_bytes(run, tokens, teachers):
-    """What the fused loss holds besides: the head's gradient, its bfloat16 copy, states, their gradient."""
+    """Return what else the fused loss holds.
+
+    That is the gradient of the head with the head's copy in bfloat16, and the hidden states of both models
+    with the student's gradient.
+    """
     head_VH, size = run.student.net.get_output_embeddings().weight, run.student.dtype.itemsize
     out = 3 * tokens * head_VH.shape[1] * size
     if head_VH.requires_grad:                                   # its gradient is scaled, on a GPU into a copy
         out += 4 * head_VH.numel() * (1 if run.cfg.device == "cpu" else 2)
         out += head_VH.numel() * size if size < 4 else 0
-    heads = [t.net.get_output_embeddings().weight for t in teachers] if run.objective.divergence else []
-    away = run.cfg.teacher_device != run.cfg.device.split(":")[0]       # its head comes alone
-    return out + max([tokens * w.shape[1] * size + (w.nbytes if away else 0) for w in heads], default=0)
+    if not run.objective.divergence:
+        return out
+    alone = run.cfg.teacher_device != run.cfg.device.split(":")[0]      # the teacher's head comes alone
+    needed = []
+    for teacher in teachers:
+        weight = teacher.net.get_output_embeddings().weight
+        needed.append(tokens * weight.shape[1] * size + (weight.nbytes if alone else 0))
+    return out + max(needed, default=0)

@@ -1,4 +1,8 @@
-"""Reports: what a run looks like, from the files it left (metrics.jsonl, config.json, samples.jsonl)."""
+"""Reports: what one run looks like, written from the files that it left.
+
+Reads metrics.jsonl, config.json and samples.jsonl of a run's folder, and writes report.md and pictures there.
+"""
+import functools
 import itertools
 import json
 import statistics
@@ -6,47 +10,30 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .diagnosis import EDGES
 from data.files import read_lines
 
-
-def step_line(run, s):
-    """A step's line, e.g. step 12/300 general | rkl 0.412 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
-    cfg, parts = run.cfg, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
-    parts += [f"student {s['tutee']}"] if "tutee" in s else []
-    parts += [f"{cfg.loss} {s['value']:.3f}"] if "value" in s else []
-    parts += [f"nll {-s['logprob_s']:.3f}"] if cfg.loss == "nll" and "logprob_s" in s else []
-    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
-    parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
-    parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
-    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
-    parts += [f"feedback {s['feedback'].get('kept', 0)}/{total}"
-              ] if (total := sum(s.get("feedback", {}).values())) else []
-    parts += [f"student {i} tutors in {', '.join(domains) or 'nothing'} (gap {gap:.2f})" for i, (gap, domains)
-              in enumerate(zip(s["gate"]["gaps"], s["gate"]["tutors"]), 1)] if "gate" in s else []
-    times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
-    parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
-    parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
-    return " | ".join(parts)
+SAMPLES = 2, 3                      # how many of the first and of the last samples a report shows
 
 
 def read_metrics(out):
-    """(steps, evals) of a run folder: the lines with losses, and [(updates done, {set: accuracy})].
+    """Return (steps, evals) of a run's folder: the lines with a loss, and [(updates done, {set: accuracy})].
 
     In a run of two students the sets are called "1/set" and "2/set".
     """
     lines = read_lines(Path(out) / "metrics.jsonl")
-    return [m for m in lines if "loss" in m], [(m["step"] + 1, m["eval"]) for m in lines if m.get("eval")]
+    steps = [line for line in lines if "loss" in line]
+    evals = [(line["step"] + 1, line["eval"]) for line in lines if line.get("eval")]
+    return steps, evals
 
 
 def read_diagnoses(out):
-    """[(updates done, what lab/diagnosis.py found)] of a run folder."""
-    return [(m["step"] + 1, m["diagnosis"]) for m in read_lines(Path(out) / "metrics.jsonl")
-            if "diagnosis" in m]
+    """Return [(updates done, what lab/diagnosis.py found)] of a run's folder."""
+    lines = read_lines(Path(out) / "metrics.jsonl")
+    return [(line["step"] + 1, line["diagnosis"]) for line in lines if "diagnosis" in line]
 
 
 def pyplot():
-    """matplotlib without a display, or None with a hint: pictures are optional."""
+    """Return matplotlib's pyplot without a display, or None after a hint: pictures are optional."""
     try:
         import matplotlib
     except ImportError:
@@ -59,356 +46,522 @@ def pyplot():
     return plt
 
 
+def save_figure(plt, figure, path):
+    """Write a figure to a file and free its memory."""
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ---- the report of a run -----------------------------------------------------------------------------------
+
 def write_run(out):
-    """OUT/report.md, OUT/curves.png and after --diagnose_every OUT/diagnosis.png of one run."""
+    """Write OUT/report.md and OUT/curves.png, and after --diagnose_every also OUT/diagnosis.png."""
     out = Path(out)
-    config, (steps, evals) = json.loads((out / "config.json").read_text()), read_metrics(out)
-    samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
-    gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
+    config = json.loads((out / "config.json").read_text())
+    steps, evals = read_metrics(out)
     diagnoses = read_diagnoses(out)
-    students = config["student"]
-    name = lambda path: "/".join(Path(path).parts[-2:])
-    taught = " tutoring each other" * (len(students) > 1)
-    if teachers := " and ".join(dict.fromkeys(map(name, config["teachers"].values()))):
-        taught = f" taught by {teachers}"
-    lines = [f"# {' and '.join(map(name, students))}{taught}: {config['method']}, {config['loss']}", "",
-             about_run(config, steps), ""]
+    gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
+    samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
+
+    blocks = [title(config), about_run(config, steps)]
     if evals:
-        lines += ["## Accuracy", "", *accuracy_table(evals), "",
-                  f"In %, on {', '.join(f'`{path}`' for path in config['eval_prompts'].values())}; "
-                  f"{config['eval_rollouts']} completion(s) per prompt at temperature "
-                  f"{config['eval_temperature']:g}"
-                  + f", top_p {config['eval_top_p']:g}" * (config["eval_top_p"] < 1) + ".", ""]
+        blocks += ["## Accuracy", accuracy_table(evals), about_accuracy(config)]
     if gates:
-        lines += ["## Rounds", "", *round_table(gates, config), "", *break_table(gates)]
-    if any("feedback" in s for s in steps):
-        lines += ["## Feedback", "", *feedback_table(steps), ""]
-    lines += ["## Training", ""]
-    for tutee in sorted({s.get("tutee", 0) for s in steps}):
-        some = [s for s in steps if s.get("tutee", 0) == tutee]
-        lines += [f"Student {tutee}, {len(some)} steps:", ""] * bool(tutee) + [*change_table(some), ""]
+        blocks += ["## Rounds", round_table(gates), about_rounds(config), *break_table(gates)]
+    if any("feedback" in step for step in steps):
+        blocks += ["## Feedback", feedback_table(steps)]
+    blocks += ["## Training", *change_tables(steps)]
     if diagnoses:
-        lines += ["## Diagnosis", "", *diagnosis_table(diagnoses), "", "![diagnosis](diagnosis.png)", ""]
-    folders = [f"/{i}" for i, _ in enumerate(students, 1)] if len(students) > 1 else [""]
-    lines += ["![curves](curves.png)", "", "## The model" + "s" * (len(students) > 1), "",
-              "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-              f'model = AutoModelForCausalLM.from_pretrained("{out}/final{folders[0]}", dtype="auto")',
-              f'tokenizer = AutoTokenizer.from_pretrained("{out}/final{folders[0]}")', "```", ""]
-    if config.get("lora_rank"):
-        for folder, student in zip(folders, students):
-            lines += [f"`{out}/adapter{folder}` is the adapter alone, for `peft.PeftModel.from_pretrained` "
-                      f"on `{student}`.", ""]
-    lines += ["## Samples", ""]
-    for sample in [*samples[:2], *samples[2:][-3:]]:
-        facts = [f"step {sample['step'] + 1}", sample["branch"]]
-        facts += [f"mean gap {sample['gap']:+.2f}"] if sample["gap"] is not None else []
-        facts += [f"reward {sample['reward']:g}"] if sample["reward"] is not None else []
-        facts += [] if sample["selected"] else ["not selected"]
-        lines += [", ".join(facts) + ":", "", indented(sample["prompt"][-400:]), "", "gets", "",
-                  indented(sample["completion"][:800] or "(nothing)"), ""]
-    settings = {k: v for k, v in config.items() if k not in ("versions", "started", "device_name")}
-    lines += ["## Settings", "", "```json", json.dumps(settings, indent=1), "```", "",
-              ", ".join(f"{package} {version}" for package, version in config["versions"].items())]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        blocks += ["## Diagnosis", *diagnosis_tables(diagnoses), "![diagnosis](diagnosis.png)"]
+    blocks += ["![curves](curves.png)", *about_models(config, out), "## Samples"]
+    first, last = SAMPLES
+    for sample in [*samples[:first], *samples[first:][-last:]]:
+        blocks += sample_blocks(sample)
+    blocks += settings(config)
+    (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
         if diagnoses:
             draw_diagnosis(plt, diagnoses, out / "diagnosis.png")
 
 
+def markdown_table(rows):
+    """Return a table in Markdown. The first row is the header; every cell is text or a number."""
+    header, *others = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([header, "| " + " | ".join(["---"] * len(rows[0])) + " |", *others])
+
+
 def indented(text):
-    """A code block in Markdown, whatever the text holds."""
+    """Return a text as a code block of Markdown, whatever the text holds."""
     return textwrap.indent("\n".join(text.splitlines()), "    ", lambda line: True)
 
 
+def title(config):
+    """Return the report's heading: who learned, from whom, by which method and loss."""
+    def name(path):
+        return "/".join(Path(path).parts[-2:])
+    students = " and ".join(map(name, config["student"]))
+    teachers = " and ".join(dict.fromkeys(map(name, config["teachers"].values())))
+    taught = ""
+    if teachers:
+        taught = f" taught by {teachers}"
+    elif len(config["student"]) > 1:
+        taught = " tutoring each other"
+    return f"# {students}{taught}: {config['method']}, {config['loss']}"
+
+
 def about_run(config, steps):
-    """One paragraph: how much, how long, where the time went, how much memory."""
-    parts = {name: sum(s["seconds"].get(name, 0) for s in steps) for name in timed_parts(steps)}
-    total = max(sum(parts.values()), 1e-9)
-    memory = " ".join(f"{name} {max(s.get('memory_gib_by_part', {}).get(name, 0) for s in steps):.1f}"
-                      for name in steps[-1].get("memory_gib_by_part", {}))
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
-    tokens, peak = steps[-1]["sampled_tokens"], max(s["memory_gib"] for s in steps)
-    told = sum(s.get("feedback_tokens", 0) for s in steps)
-    return (f"{len(steps)} steps with {tokens:,} sampled tokens" + f" and {told:,} of feedback" * bool(told)
-            + f" in {total / 60:.1f} minutes ({shares}); "
-            f"peak memory {peak:.1f} GiB" + f" ({memory})" * bool(memory)
-            + f". {config['device_name']}, {config['dtype']}, seed {config['seed']}, {config['started']}.")
+    """Return one paragraph: how many steps and tokens, how long, where the time went, how much memory."""
+    seconds = {name: sum(step["seconds"].get(name, 0) for step in steps) for name in timed_parts(steps)}
+    total = max(sum(seconds.values()), 1e-9)
+    shares = ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items())
+    tokens = f"{steps[-1]['sampled_tokens']:,} sampled tokens"
+    if feedback := sum(step.get("feedback_tokens", 0) for step in steps):
+        tokens += f" and {feedback:,} of feedback"
+    memory = f"peak memory {max(step['memory_gib'] for step in steps):.1f} GiB"
+    peaks = {name: max(step.get("memory_gib_by_part", {}).get(name, 0) for step in steps)
+             for name in steps[-1].get("memory_gib_by_part", {})}
+    if peaks:
+        memory += " (" + " ".join(f"{name} {peak:.1f}" for name, peak in peaks.items()) + ")"
+    return (f"{len(steps)} steps with {tokens} in {total / 60:.1f} minutes ({shares}); {memory}. "
+            f"{config['device_name']}, {config['dtype']}, seed {config['seed']}, {config['started']}.")
 
 
 def timed_parts(steps):
-    """Names of the parts that took time in any step, in order of appearance."""
-    return list(dict.fromkeys(name for s in steps for name in s["seconds"]))
+    """Return the names of the parts that took time in any step, in the order of their appearance."""
+    return list(dict.fromkeys(name for step in steps for name in step["seconds"]))
 
 
 def accuracy_table(evals):
+    """Return a table with a row per evaluation and a column per set, and the change from first to last."""
     names = list(dict.fromkeys(name for _, scores in evals for name in scores))
-    percent = lambda scores, name: f"{100 * scores[name]:.1f}" if name in scores else "not run"
-    table = ["| after step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    table += [f"| {step} | " + " | ".join(percent(scores, n) for n in names) + " |" for step, scores in evals]
-    first, last = evals[0][1], evals[-1][1]
-    change = [f"**{100 * (last[n] - first[n]):+.1f}**" if n in first and n in last else "" for n in names]
-    return table + ["| change | " + " | ".join(change) + " |"] * (len(evals) > 1)
+    rows = [["after step", *names]]
+    for step, scores in evals:
+        rows.append([step, *(f"{100 * scores[name]:.1f}" if name in scores else "not run" for name in names)])
+    if len(evals) > 1:
+        first, last = evals[0][1], evals[-1][1]
+        rows.append(["change", *(f"**{100 * (last[name] - first[name]):+.1f}**"
+                                 if name in first and name in last else "" for name in names)])
+    return markdown_table(rows)
 
 
+def about_accuracy(config):
+    """Return on which prompts the accuracy was measured, and how completions were sampled for it."""
+    files = ", ".join(f"`{path}`" for path in config["eval_prompts"].values())
+    top_p = f", top_p {config['eval_top_p']:g}" if config["eval_top_p"] < 1 else ""
+    return (f"In %, on {files}; {config['eval_rollouts']} completion(s) per prompt at temperature "
+            f"{config['eval_temperature']:g}{top_p}.")
+
+
+def change_tables(steps):
+    """Return a table of the changes during training; of two students, one for each under a heading."""
+    blocks = []
+    for tutee in sorted({step.get("tutee", 0) for step in steps}):
+        own = [step for step in steps if step.get("tutee", 0) == tutee]
+        if tutee:
+            blocks.append(f"Student {tutee}, {len(own)} steps:")
+        blocks.append(change_table(own))
+    return blocks
+
+
+# metric -> (its name in the report, the factor that turns it into the unit of that name)
 CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - log p(y), nats", 1),
            "abs_gap": ("size of the gap, nats", 1), "entropy_s": ("student's entropy, nats", 1),
            "entropy_t": ("teacher's entropy, nats", 1), "top1_agree": ("same most likely token, %", 100),
            "logprob_s": ("log p(y), nats", 1), "reward": ("accuracy of the rollouts, %", 100),
            "solved": ("prompts with a correct rollout, %", 100),
+           "dpo_loss": ("loss of DPO, nats per pair", 1),
+           "margin": ("margin of the chosen completion, nats", 1),
+           "preferred": ("pairs in which the chosen one is preferred, %", 100),
            "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100)}
 
 
 def change_table(steps):
-    """What the first and the last tenth of the training were like."""
+    """Return a table that compares the first and the last tenth of the training."""
     tenth = max(len(steps) // 10, 1)
     steps_word = "step" if tenth == 1 else f"{tenth} steps"
-    table = [f"| mean of | first {steps_word} | last {steps_word} |", "|---|---|---|"]
-    for key, (title, unit) in CHANGES.items():
-        ends = [[s[key] for s in part if key in s] for part in (steps[:tenth], steps[-tenth:])]
-        if all(ends):
-            first, last = (f"{unit * statistics.mean(end):.3g}" for end in ends)
-            table += [f"| {title} | {first} | {last} |"]
-    return table
+    rows = [["mean of", f"first {steps_word}", f"last {steps_word}"]]
+    for key, (name, unit) in CHANGES.items():
+        first = [step[key] for step in steps[:tenth] if key in step]
+        last = [step[key] for step in steps[-tenth:] if key in step]
+        if first and last:
+            rows.append([name, *(f"{unit * statistics.mean(values):.3g}" for values in (first, last))])
+    return markdown_table(rows)
 
 
-def number(x, unit=1, form=".2g"):
-    return "none" if x is None else f"{unit * x:{form}}"
+def about_models(config, out):
+    """Return how to load what the run has trained."""
+    students = config["student"]
+    several = len(students) > 1
+    folders = [f"/{i}" for i in range(1, len(students) + 1)] if several else [""]
+    final = f"{out}/final{folders[0]}"
+    blocks = ["## The models" if several else "## The model", "\n".join([
+        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{final}", dtype="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{final}")', "```"])]
+    if config.get("lora_rank"):
+        for folder, student in zip(folders, students):
+            blocks.append(f"`{out}/adapter{folder}` is the adapter alone, for `peft.PeftModel."
+                          f"from_pretrained` on `{student}`.")
+    return blocks
 
 
-def diagnosis_table(diagnoses):
-    """Branch by branch and pair by pair, what the gradients were like on the way."""
-    table = ["| after step | branch | hold the mass, % | coherence | its gain by selection, % | by chance, % "
-             "| noise scale, rollouts | step | changes |", "|---" * 9 + "|"]
-    pairs = ["| after step | branches | dot product | cosine |", "|---" * 4 + "|"]
+def sample_blocks(sample):
+    """Return a rollout of samples.jsonl: what is known about it, its prompt and its completion."""
+    facts = [f"step {sample['step'] + 1}", sample["branch"]]
+    if sample["gap"] is not None:
+        facts.append(f"mean gap {sample['gap']:+.2f}")
+    if sample["reward"] is not None:
+        facts.append(f"reward {sample['reward']:g}")
+    if not sample["selected"]:
+        facts.append("not selected")
+    return [", ".join(facts) + ":", indented(sample["prompt"][-400:]), "gets",
+            indented(sample["completion"][:800] or "(nothing)")]
+
+
+def settings(config):
+    """Return every setting of the run, and the versions that it ran with."""
+    shown = {key: value for key, value in config.items()
+             if key not in ("versions", "started", "device_name")}
+    versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
+    return ["## Settings", "```json\n" + json.dumps(shown, indent=1) + "\n```", versions]
+
+
+# ---- co-distillation: rounds and feedback ------------------------------------------------------------------
+
+def round_table(gates):
+    """Return a table of what the gate saw, and where it let each student give feedback."""
+    sets = list(gates[0]["scores"][0])
+    scored = [f"{student}/{name}" for student in (1, 2) for name in sets]
+    rows = [["round", *scored, "gap of 1", "gap of 2", "1 tutors", "2 tutors"]]
+    for gate in gates:
+        scores = [f"{100 * of_student[name]:.1f}" for of_student in gate["scores"] for name in sets]
+        gaps = [f"{gap:.3f}" for gap in gate["gaps"]]
+        tutors = [", ".join(domains) or "nothing" for domains in gate["tutors"]]
+        rows.append([gate["round"] + 1, *scores, *gaps, *tutors])
+    return markdown_table(rows)
+
+
+def about_rounds(config):
+    """Return how to read the table of rounds."""
+    return ("Accuracy on the validation prompts in %. A student's gap is the sum over sets of its relative "
+            f"shortfall from the better one; up to {config.get('tau', 0):g} it counts as cognizant. "
+            f"Who tutors where: `--gate {config.get('gate')}`.")
+
+
+def break_table(gates):
+    """Return the break-rates and what they are, or nothing where nobody measured them.
+
+    A break-rate is the share of correct rollouts that the tutee gets wrong once it has read the feedback.
+    """
+    measured = []
+    for gate in gates:
+        for counts, cognizant in zip(gate.get("broken") or [], gate["cognizant"]):
+            if counts:
+                measured.append((counts, cognizant))
+    if not measured:
+        return []
+    rows = [["tutors", "correct rollouts", "wrong with feedback, %", "wrong without, %"]]
+    for name, wanted in (("cognizant", True), ("incognizant", False)):
+        some = [counts for counts, cognizant in measured if cognizant == wanted]
+        correct, *broken = [sum(counts[key] for counts in some)
+                            for key in ("correct", "broken", "broken_without")]
+        rows.append([name, correct, *(f"{100 * n / correct:.1f}" if correct else "not run" for n in broken)])
+    return [markdown_table(rows),
+            "Break-rate: once correct rollouts, answered once more with the tutor's feedback and without."]
+
+
+def feedback_table(steps):
+    """Return a table of what became of each tutor's feedback.
+
+    A step names its tutee, who reads the feedback; the tutor, who wrote it, is the other student.
+    """
+    counts = {1: {}, 2: {}}
+    for step in steps:
+        for reason, count in step.get("feedback", {}).items():
+            of_tutor = counts[3 - step["tutee"]]
+            of_tutor[reason] = of_tutor.get(reason, 0) + count
+    totals = [sum(of_tutor.values()) for of_tutor in counts.values()]
+    reasons = {reason for of_tutor in counts.values() for reason in of_tutor}
+    rows = [["%", "from student 1", "from student 2"]]
+    for reason in sorted(reasons, key=lambda reason: (reason != "kept", reason)):
+        shares = [f"{100 * of_tutor.get(reason, 0) / total:.1f}" if total else "none"
+                  for of_tutor, total in zip(counts.values(), totals)]
+        rows.append([reason, *shares])
+    return markdown_table([*rows, ["texts", *totals]])
+
+
+# ---- the diagnosis -----------------------------------------------------------------------------------------
+
+def diagnosis_tables(diagnoses):
+    """Return a table by branch and one by pair of branches, and how to read them."""
+    rows = [["after step", "branch", "hold the mass, %", "coherence", "its gain by selection, %",
+             "by chance, %", "noise scale, rollouts", "step", "changes"]]
+    pairs = [["after step", "branches", "dot product", "cosine"]]
     for step, found in diagnoses:
+        taken = found.get("steps", {})              # absent with --diagnose_layers
         for branch, b in found["branches"].items():
-            taken = found.get("steps", {}).get(branch, {"step": None, "change": {}})
-            changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
-            cells = [step, branch, number(b["kept"] / b["rollouts"], 100, ".0f"),
-                     number(b["coherence"]), number(b["gcg"], 100, "+.0f"),
-                     number(b["gcg_random"], 100, "+.0f"), number(b["noise_scale"], form=".0f"),
-                     number(taken["step"]), changes]
-            table.append("| " + " | ".join(map(str, cells)) + " |")
-        if (mixed := "+".join(found["branches"])) not in found["branches"] and "steps" in found:
-            taken = found["steps"][mixed]
-            changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
-            table.append(f"| {step} | {mixed} |  |  |  |  |  | {number(taken['step'])} | {changes} |")
-        pairs += [f"| {step} | {pair} | {p['dot']:.2g} ± {p['dot_error']:.1g} | {number(p['cosine'])} |"
-                  for pair, p in found["pairs"].items()]
-    return [*table, "", *([*pairs, ""] if len(pairs) > 2 else []),
+            rows.append([step, branch, format_number(b["kept"] / b["rollouts"], 100, ".0f"),
+                         format_number(b["coherence"]), format_number(b["gcg"], 100, "+.0f"),
+                         format_number(b["gcg_random"], 100, "+.0f"),
+                         format_number(b["noise_scale"], form=".0f"), *step_cells(taken.get(branch))])
+        mixture = "+".join(found["branches"])
+        if mixture in taken and mixture not in found["branches"]:
+            rows.append([step, mixture, "", "", "", "", "", *step_cells(taken[mixture])])
+        for pair, p in found["pairs"].items():
+            product = f"{p['dot']:.2g} ± {p['dot_error']:.1g}"
+            pairs.append([step, pair, product, format_number(p["cosine"])])
+    tables = [rows, pairs] if len(pairs) > 1 else [rows]
+    return [*map(markdown_table, tables),
             "What they mean: lab/diagnosis.py. By chance: the gain of as many rollouts taken at random. "
             "Changes: of the branches' losses by that branch's step, in nats to first order."]
 
 
-def round_table(gates, config):
-    """What the gate saw, and where that let each student give feedback."""
-    sets = list(gates[0]["scores"][0])
-    titles = [*(f"{i}/{name}" for i in (1, 2) for name in sets),
-              "gap of 1", "gap of 2", "1 tutors", "2 tutors"]
-    table = ["| round | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for gate in gates:
-        cells = [f"{100 * scores[name]:.1f}" for scores in gate["scores"] for name in sets]
-        cells += [f"{gap:.3f}" for gap in gate["gaps"]]
-        cells += [", ".join(domains) or "nothing" for domains in gate["tutors"]]
-        table.append(f"| {gate['round'] + 1} | " + " | ".join(cells) + " |")
-    return [*table, "", "Accuracy on the validation prompts in %. A student's gap is the sum over sets of "
-            f"its relative shortfall from the better one; up to {config['tau']:g} it counts as cognizant. "
-            f"Who tutors where: `--gate {config['gate']}`."]
+def step_cells(taken):
+    """Return two cells: the size of a branch's step, and what it does to every branch's loss."""
+    if taken is None:
+        return ["none", ""]
+    changes = ", ".join(f"{name} {change:+.2g}" for name, change in taken["change"].items())
+    return [format_number(taken["step"]), changes]
 
 
-def break_table(gates):
-    """Break-rate: the share of correct rollouts that the tutee gets wrong once it has read the feedback."""
-    found = [(counts, cognizant) for gate in gates for counts, cognizant
-             in zip(gate.get("broken") or [], gate["cognizant"]) if counts]
-    table = ["| tutors | correct rollouts | wrong with feedback, % | wrong without, % |", "|---|---|---|---|"]
-    for title, wanted in (("cognizant", True), ("incognizant", False)):
-        correct, *broken = (sum(counts[key] for counts, cognizant in found if cognizant == wanted)
-                            for key in ("correct", "broken", "broken_without"))
-        shares = [f"{100 * count / correct:.1f}" if correct else "not run" for count in broken]
-        table.append(f"| {title} | {correct} | {' | '.join(shares)} |")
-    about = "Break-rate: once correct rollouts, answered once more with the tutor's feedback and without."
-    return [*table, "", about, ""] if found else []
+def format_number(value, unit=1, form=".2g"):
+    """Return a number as text, in a unit; "none" where it is not defined."""
+    return "none" if value is None else f"{unit * value:{form}}"
 
 
-def feedback_shares(steps):
-    """Per step with feedback: {"step", "branch": its tutor, "kept_feedback": the share that is kept}."""
-    shares = [{"step": s["step"], "branch": f"from {3 - s['tutee']}",
-               "kept_feedback": s["feedback"].get("kept", 0) / sum(s["feedback"].values())}
-              for s in steps if sum(s.get("feedback", {}).values())]
-    return sorted(shares, key=lambda share: share["branch"])        # for the colours: student 1 first
+# ---- the picture of a run ----------------------------------------------------------------------------------
+
+# (title, {metric: its word in the legend}, the factor that turns it into the unit of the title)
+PANELS = [("divergence, nats per token", {"value": ""}, 1),
+          ("gap, nats", {"gap": "mean", "abs_gap": "size"}, 1),
+          ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
+          ("-log p(y), nats per token", {"logprob_s": ""}, -1),
+          ("completion length, tokens", {"length": ""}, 1),
+          ("accuracy of the rollouts, %", {"reward": ""}, 100),
+          ("prompts with a correct rollout, %", {"solved": ""}, 100),
+          ("margin of the chosen completion, nats", {"margin": ""}, 1),
+          ("chosen completion is preferred, %", {"preferred": ""}, 100),
+          ("feedback that is kept, %", {"kept_feedback": ""}, 100)]
 
 
-def feedback_table(steps):
-    """What became of each tutor's feedback. A step names its tutee; the tutor is the other student."""
-    counts = {1: {}, 2: {}}
-    for s in steps:
-        for reason, count in s.get("feedback", {}).items():
-            tutor = counts[3 - s["tutee"]]
-            tutor[reason] = tutor.get(reason, 0) + count
-    reasons = sorted({r for tutor in counts.values() for r in tutor}, key=lambda r: (r != "kept", r))
-    total = lambda tutor: sum(tutor.values())
-    share = lambda tutor, r: f"{100 * tutor.get(r, 0) / total(tutor):.1f}" if total(tutor) else "none"
-    return ["| % | from student 1 | from student 2 |", "|---|---|---|",
-            *(f"| {r} | " + " | ".join(share(tutor, r) for tutor in counts.values()) + " |" for r in reasons),
-            "| texts | " + " | ".join(str(total(tutor)) for tutor in counts.values()) + " |"]
+def draw_run(plt, steps, evals, path):
+    """Draw a panel for every metric that the run has, for its evaluations and for its time."""
+    drawings = plan_panels(steps, evals)
+    columns = min(len(drawings), 3) if len(drawings) <= 6 else 4
+    lines = -(-len(drawings) // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=(3.6 * columns, 2.7 * lines))
+    for axis, draw in zip(axes.flat, drawings):
+        draw(axis)
+    for axis in axes.flat[len(drawings):]:
+        axis.axis("off")
+    save_figure(plt, figure, path)
+
+
+def plan_panels(steps, evals):
+    """Return a function for every panel of a run's picture; it draws on the axis that it is given."""
+    lines = [*steps, *feedback_shares(steps)]
+    window = max(len(steps) // 20, 1)
+    panels = [panel for panel in PANELS if any(series(lines, key) for key in panel[1])]
+    if PANELS[0] in panels and PANELS[3] in panels:
+        panels.remove(PANELS[3])                    # where there is a divergence, the likelihood says little
+    drawings = [functools.partial(draw_metric, lines=lines, panel=panel, window=window) for panel in panels]
+    if evals:
+        drawings.append(functools.partial(draw_accuracy, evals=evals))
+    if timed_parts(steps):
+        drawings.append(functools.partial(draw_seconds, steps=steps, window=window))
+    sets = sets_of_both_students(steps, evals)
+    if len(sets) == 2:
+        drawings.append(functools.partial(draw_trajectories, evals=evals, sets=sets))
+    return drawings
+
+
+def sets_of_both_students(steps, evals):
+    """Return the names of the evaluation sets in a run of two students, less their "1/" or "2/"."""
+    if not any("tutee" in step for step in steps):
+        return []
+    names = [name for _, scores in evals for name in scores if name.startswith(("1/", "2/"))]
+    return list(dict.fromkeys(name.partition("/")[2] for name in names))
 
 
 def series(steps, key):
-    """{branch: (steps, values)} of a metric; steps that mix branches say it for each of them.
+    """Return {branch: (steps, values)} of a metric. A step that mixes branches tells it for each of them.
 
     A metric of the whole step is of branch "all". Of two students a branch is "1/branch" or "2/branch".
     """
     out = {}
-    for s in steps:
-        lines = s.get("branches", {s["branch"]: s})
-        if key in s and not any(key in line for line in lines.values()):
-            lines = {"all": s}
+    for step in steps:
+        lines = step.get("branches", {step["branch"]: step})
+        if key in step and not any(key in line for line in lines.values()):
+            lines = {"all": step}
         for branch, line in lines.items():
             if key in line:
-                branch = f"{s['tutee']}/{branch}" if "tutee" in s else branch
-                xs, ys = out.setdefault(branch, ([], []))
-                xs.append(s["step"] + 1)
+                name = f"{step['tutee']}/{branch}" if "tutee" in step else branch
+                xs, ys = out.setdefault(name, ([], []))
+                xs.append(step["step"] + 1)
                 ys.append(line[key])
     return out
 
 
-def smooth(values, window):
-    """Mean over the last `window` values, or as many as there are."""
+def feedback_shares(steps):
+    """Return, per step with feedback, {"step", "branch": its tutor, "kept_feedback": the share kept}."""
+    shares = []
+    for step in steps:
+        if total := sum(step.get("feedback", {}).values()):
+            shares.append({"step": step["step"], "branch": f"from {3 - step['tutee']}",
+                           "kept_feedback": step["feedback"].get("kept", 0) / total})
+    return sorted(shares, key=lambda share: share["branch"])        # for the colours: student 1 first
+
+
+def moving_mean(values, window):
+    """Return the mean over the last `window` values at every place, or over as many as there are."""
     return [statistics.mean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
 
 
-def draw_run(plt, steps, evals, path):
-    """Every step pale, a moving mean over it strong; one colour per branch, one line style per quantity."""
-    panels = [("divergence, nats per token", {"value": ""}, 1),
-              ("gap, nats", {"gap": "mean", "abs_gap": "size"}, 1),
-              ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
-              ("-log p(y), nats per token", {"logprob_s": ""}, -1),
-              ("completion length, tokens", {"length": ""}, 1),
-              ("accuracy of the rollouts, %", {"reward": ""}, 100),
-              ("prompts with a correct rollout, %", {"solved": ""}, 100),
-              ("feedback that is kept, %", {"kept_feedback": ""}, 100)]
-    lines = [*steps, *feedback_shares(steps)]
-    panels = [panel for panel in panels if any(series(lines, key) for key in panel[1])]
-    if any(title.startswith("divergence") for title, *_ in panels):
-        panels = [panel for panel in panels if "log p(y)" not in panel[0]]
-    sets = list(dict.fromkeys(name.partition("/")[2] for _, scores in evals for name in scores
-                              if name[:2] in ("1/", "2/"))) if any("tutee" in s for s in steps) else []
-    names = timed_parts(steps)
-    count = len(panels) + bool(evals) + bool(names) + (len(sets) == 2)
-    columns = min(count, 3) if count <= 6 else 4
-    figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
-                                figsize=(3.6 * columns, 2.7 * -(-count // columns)))
-    axes, window = list(axes.flat), max(len(steps) // 20, 1)
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for axis, (title, keys, unit) in zip(axes, panels):
-        for (key, word), style in zip(keys.items(), ("-", ":")):
-            for color, (branch, (xs, ys)) in zip(colors, (found := series(lines, key)).items()):
-                ys = [unit * y for y in ys]
-                label = " ".join([branch] * (len(found) > 1) + [word] * bool(word))
-                axis.plot(xs, ys, color=color, linewidth=0.8, alpha=0.25 if window > 1 else 0)
-                axis.plot(xs, smooth(ys, window), style, color=color, linewidth=1.5, label=label)
-                if label:
-                    axis.legend(fontsize=7)
-        axis.set_title(title)
-        if "%" in title:
-            axis.set_ylim(0)
-    if evals:
-        axis = axes[len(panels)]
-        for name in dict.fromkeys(name for _, scores in evals for name in scores):
-            points = [(step, 100 * scores[name]) for step, scores in evals if name in scores]
-            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(title="accuracy in evaluation, %")
+def draw_metric(axis, lines, panel, window):
+    """Draw every step pale and a moving mean strong: one colour per branch, one line style per metric."""
+    heading, words, unit = panel
+    for (key, word), style in zip(words.items(), ("-", ":")):
+        found = series(lines, key)
+        for i, (branch, (xs, ys)) in enumerate(found.items()):
+            ys, color = [unit * y for y in ys], f"C{i % 10}"
+            label = " ".join([branch] * (len(found) > 1) + [word] * bool(word))
+            axis.plot(xs, ys, color=color, linewidth=0.8, alpha=0.25 if window > 1 else 0)
+            axis.plot(xs, moving_mean(ys, window), style, color=color, linewidth=1.5, label=label)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+    if "%" in heading:
         axis.set_ylim(0)
-        axis.legend(fontsize=7)
-    if names:
-        axis = axes[len(panels) + bool(evals)]
-        axis.stackplot([s["step"] + 1 for s in steps],
-                       [smooth([s["seconds"].get(name, 0) for s in steps], window) for name in names],
-                       labels=names, alpha=0.7)
-        axis.set_title("seconds per step")
-        axis.legend(fontsize=7)
-    for axis in axes[:count]:
-        axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    if len(sets) == 2:
-        draw_ways(axes[count - 1], evals, sets)
-    for axis in axes[count:]:
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    over_steps(axis, heading)
 
 
-def draw_ways(axis, evals, sets):
-    """Both students' ways across the two evaluation sets, an arrow per evaluation."""
-    for i, color in ((1, "C0"), (2, "C1")):
-        x, y = ([100 * scores[f"{i}/{name}"] for _, scores in evals
-                 if all(f"{i}/{other}" in scores for other in sets)] for name in sets)
-        axis.plot(x, y, "o", color=color, markersize=3, label=f"student {i}")
-        for start, end in zip(zip(x, y), zip(x[1:], y[1:])):
+def draw_accuracy(axis, evals):
+    """Draw the accuracy of every evaluation set over the steps."""
+    for name in dict.fromkeys(name for _, scores in evals for name in scores):
+        points = [(step, 100 * scores[name]) for step, scores in evals if name in scores]
+        axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+    axis.set_ylim(0)
+    axis.legend(fontsize=7)
+    over_steps(axis, "accuracy in evaluation, %")
+
+
+def draw_seconds(axis, steps, window):
+    """Draw how long the parts of a step took, one above the other."""
+    names = timed_parts(steps)
+    seconds = [moving_mean([step["seconds"].get(name, 0) for step in steps], window) for name in names]
+    axis.stackplot([step["step"] + 1 for step in steps], seconds, labels=names, alpha=0.7)
+    axis.legend(fontsize=7)
+    over_steps(axis, "seconds per step")
+
+
+def over_steps(axis, heading):
+    """Give a panel its title and a horizontal axis of whole steps."""
+    axis.set(title=heading, xlabel="step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_trajectories(axis, evals, sets):
+    """Draw both students' trajectories across the two evaluation sets, an arrow per evaluation."""
+    for student, color in ((1, "C0"), (2, "C1")):
+        x_name, y_name = (f"{student}/{name}" for name in sets)
+        points = [(100 * scores[x_name], 100 * scores[y_name]) for _, scores in evals
+                  if x_name in scores and y_name in scores]
+        axis.plot([x for x, _ in points], [y for _, y in points], "o", color=color, markersize=3,
+                  label=f"student {student}")
+        for start, end in zip(points, points[1:]):
             arrow(axis, start, end, color)
-    axis.set(title="the students' ways", xlabel=f"{sets[0]}, %", ylabel=f"{sets[1]}, %")
+    axis.set(title="the students' trajectories", xlabel=f"{sets[0]}, %", ylabel=f"{sets[1]}, %")
     axis.legend(fontsize=7)
 
 
 def arrow(axis, start, end, color):
+    """Draw an arrow between two points of a panel."""
     axis.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=color, linewidth=1.2, shrinkA=0,
                                                   shrinkB=0))
 
 
+# ---- the picture of a diagnosis ----------------------------------------------------------------------------
+
 def draw_diagnosis(plt, diagnoses, path):
-    """Gradients over the steps, then how the gap is spread at the first and at the last diagnosis."""
-    steps, found = zip(*diagnoses)
-    branches, pairs = list(found[0]["branches"]), list(found[0]["pairs"])
-    figure, axes = plt.subplots(2, 4, figsize=(14.4, 5.4))
-    (cosine, coherent, gain, noise), (step, change, mass, spread) = axes
+    """Draw the gradients over the steps, and how the gap is spread at the first and the last diagnosis."""
+    steps, found = [step for step, _ in diagnoses], [one for _, one in diagnoses]
+    figure, (above, below) = plt.subplots(2, 4, figsize=(14.4, 5.4))
+    draw_gradients(above, steps, found)
+    draw_trial_steps(below[:2], steps, found)
+    draw_gaps(below[2:], diagnoses[0], diagnoses[-1])
+    save_figure(plt, figure, path)
 
-    def lines(axis, title, parts, unit=1):
-        """parts: {(colour, style, label): a value per diagnosis, None where there is none}"""
-        for (color, style, label), values in parts.items():
-            if there := [(x, unit * y) for x, y in zip(steps, values) if y is not None]:
-                axis.plot(*zip(*there), style, color=color, marker="o", markersize=3, label=label)
-        axis.set(title=title, xlabel="updates done")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
 
-    of = lambda key: [[f["branches"][b][key] for f in found] for b in branches]
-    colored = lambda style, word, values: {(f"C{i}", style, f"{b} {word}".strip()): v
-                                           for i, (b, v) in enumerate(zip(branches, values))}
-    lines(cosine, "cosine of the branches' gradients",
-          {(f"C{i}", "-", pair): [f["pairs"][pair]["cosine"] for f in found] for i, pair in enumerate(pairs)})
+def draw_curve(axis, steps, values, color, label, style="-"):
+    """Draw one number over the diagnoses, where it is defined."""
+    points = [(step, value) for step, value in zip(steps, values) if value is not None]
+    if points:
+        axis.plot(*zip(*points), style, color=color, marker="o", markersize=3, label=label)
+
+
+def over_updates(axis, heading):
+    """Give a panel its title, and a legend if it shows anything."""
+    axis.set(title=heading, xlabel="updates done")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def draw_gradients(axes, steps, found):
+    """Draw what the gradients of pairs of branches and of single branches were like, on four panels."""
+    cosine, coherence, gain, noise = axes
+    for i, pair in enumerate(found[0]["pairs"]):
+        draw_curve(cosine, steps, [f["pairs"][pair]["cosine"] for f in found], f"C{i}", pair)
+    for i, branch in enumerate(found[0]["branches"]):
+        def values(key, unit=1):
+            numbers = [f["branches"][branch][key] for f in found]
+            return [None if x is None else unit * x for x in numbers]
+        draw_curve(coherence, steps, values("coherence"), f"C{i}", branch)
+        draw_curve(coherence, steps, values("coherence_kept"), f"C{i}", f"{branch} selected", ":")
+        draw_curve(gain, steps, values("gcg", 100), f"C{i}", f"{branch} selected")
+        draw_curve(gain, steps, values("gcg_random", 100), f"C{i}", f"{branch} at random", ":")
+        draw_curve(noise, steps, values("noise_scale"), f"C{i}", branch)
     cosine.axhline(0, color="grey", linewidth=0.6)
-    lines(coherent, "coherence", colored("-", "", of("coherence")) | colored(":", "selected",
-                                                                             of("coherence_kept")))
-    lines(gain, "coherence gain, %", colored("-", "selected", of("gcg")) | colored(":", "at random",
-                                                                                   of("gcg_random")), 100)
-    lines(noise, "noise scale, rollouts", colored("-", "", of("noise_scale")))
     if noise.get_legend_handles_labels()[0]:
         noise.set_yscale("log")
-    if all("steps" in f for f in found):
-        lines(step, "a step's size", {(f"C{i}", "-", name): [f["steps"][name]["step"] for f in found]
-                                      for i, name in enumerate(found[0]["steps"])})
-        lines(change, "change of a loss by a step, nats",
-              {(f"C{i}", style, f"{loss} by {by}"): [f["steps"][by]["change"][loss] for f in found]
-               for i, loss in enumerate(branches)
-               for style, by in zip(itertools.cycle(("-", ":", "--", "-.")), branches)})
-        change.axhline(0, color="grey", linewidth=0.6)
-    names = [f"{a:g}" for a in EDGES]
+    for axis, heading in zip(axes, ("cosine of the branches' gradients", "coherence", "coherence gain, %",
+                                    "noise scale, rollouts")):
+        over_updates(axis, heading)
+
+
+def draw_trial_steps(axes, steps, found):
+    """Draw how far each branch's step goes, and by how much it changes the loss of every branch."""
+    size, change = axes
+    if not all("steps" in f for f in found):        # --diagnose_layers leaves them out
+        return
+    for i, name in enumerate(found[0]["steps"]):
+        draw_curve(size, steps, [f["steps"][name]["step"] for f in found], f"C{i}", name)
+    for i, loss in enumerate(found[0]["branches"]):
+        for style, by in zip(itertools.cycle(("-", ":", "--", "-.")), found[0]["branches"]):
+            values = [f["steps"][by]["change"][loss] for f in found]
+            draw_curve(change, steps, values, f"C{i}", f"{loss} by {by}", style)
+    change.axhline(0, color="grey", linewidth=0.6)
+    over_updates(size, "a step's size")
+    over_updates(change, "change of a loss by a step, nats")
+
+
+def draw_gaps(axes, first, last):
+    """Draw how the gap is spread over the rollouts and over the tokens: dotted at first, solid at last."""
+    from .diagnosis import EDGES        # here, since a report without a diagnosis needs files only
+    mass, spread = axes
+    names = [f"{edge:g}" for edge in EDGES]
     names = ["< " + names[0], *names[1:], "> " + names[-1]]
-    for i, branch in enumerate(branches):
-        for style, (at, f) in zip((":", "-"), (diagnoses[0], diagnoses[-1])):
-            b, label = f["branches"][branch], f"{branch}, after {at}"
-            if b["deciles"]:
-                mass.plot(range(1, 11), [100 * share for share in b["deciles"]], style, color=f"C{i}",
-                          label=label)
-            tokens = sum(b["histogram"])
-            spread.step(range(len(names)), [100 * n / tokens for n in b["histogram"]], style, where="mid",
-                        color=f"C{i}", label=label)
+    for i, branch in enumerate(first[1]["branches"]):
+        for style, (step, found) in ((":", first), ("-", last)):
+            gaps, label = found["branches"][branch], f"{branch}, after {step}"
+            if gaps["deciles"]:
+                shares = [100 * share for share in gaps["deciles"]]
+                mass.plot(range(1, 11), shares, style, color=f"C{i}", label=label)
+            tokens = sum(gaps["histogram"])
+            shares = [100 * count / tokens for count in gaps["histogram"]]
+            spread.step(range(len(names)), shares, style, where="mid", color=f"C{i}", label=label)
     mass.set(title="gap mass by decile of rollouts, %", xlabel="decile, largest first")
     spread.set(title="gap of the tokens, %", yscale="symlog", xlabel="up to nats")
     spread.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     spread.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

@@ -13,19 +13,28 @@ Letters as in the papers: p the student, q the teacher, y the sampled token; the
 
 What a method may use of the run:
 
-    run.student, run.students       who learns                      run.teacher, run.teachers[branch]
-    run.branches, run.prompts       names and rows of the prompts   run.shares      prompts per branch in a batch
-    run.draw(branch, ..)            the next prompts of a batch     run.sample(model, prompts)      Rollouts
-    run.references(prompts)         fixed texts as Rollouts         run.complete(model, prompts)    texts
-    run.route(rollouts)             one Job per branch              run.score(jobs)     fills lp, lq and gaps
-    run.objective                   this step's objective           run.cfg             every setting
-    run.self_teacher(student)       a student as its own teacher    run.refresh(teacher)    copies the student
-    run.memory, run.once(key, make) what survives a restart         run.notes           for this step's metrics
-    run.without_side_effects()      for measurements                run.train_only(student)  the others leave the GPU
+    run.steps()                         the steps still to do
+    run.student, run.students           who learns: Learners (models.py)
+    run.teacher, run.teachers[branch]   from whom: the only teacher, or a branch's
+    run.self_teacher(student)           a student as its own teacher; run.refresh(it) renews it
+    run.branches, run.prompts, run.shares   names and rows of the prompts, and how many of each are in a batch
+    run.draw(branch, ..)                the next prompts
+    run.sample(model, prompts)          Rollouts of a model's, graded
+    run.references(prompts)             texts of the prompt file as Rollouts
+    run.route(rollouts)                 one Job per branch, each with its teacher
+    run.score(jobs)                     the teachers read: fills lp, lq, and so the gaps
+    run.objective                       this step's objective
+    run.memory, run.once(key, make)     what survives a restart
+    run.notes                           what this step's line of metrics.jsonl says besides
+    run.without_side_effects()          for measurements; run.scores(model, prompts, n) is one
+    run.train_only(student)             with two students: the other one may leave the GPU
+    run.cfg                             every setting
 
 and of a model, to probe it: encode, decode, generate, hidden_states, log_probs (models.py).
 """
+import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,7 +67,7 @@ class Job:
     objective: Objective
     weights: list | None = None             # per rollout a number, or a tensor [T] of its tokens; None: ones
     tokens: str = "mean"                    # a rollout's loss: "mean" or "sum" over its tokens
-    count: int | None = None                # what the loss is divided by; None: the rollouts that have a weight
+    count: int | None = None                # what the loss is divided by; None: the rollouts with a weight
     lp: list | None = None                  # log p(y) of every rollout, [T], once scored; None: not read
     lq: list | None = None                  # log q(y), likewise
     hidden_t: list | None = None            # the teacher's hidden states of every rollout, [T, H], likewise
@@ -145,9 +154,9 @@ class Method:
     needs: tuple = ()                       # what every training prompt has to have: "solution", "answer"
     samples: bool = True                    # whether it generates completions of the training prompts
     teacher_learns: bool = False            # whether the teachers are Learners, too
-    select: Callable | None = None          # run, scored Jobs, own flags: sets their weights (lab/diagnosis.py)
+    select: Callable | None = None          # run, scored Jobs, own flags: sets their weights
     check: Callable | None = None           # settings: refuses what cannot work together
-    reads: Callable | None = None           # run, model, row -> most token ids that a self-teacher or tutor sees
+    reads: Callable | None = None           # run, model, row -> the longest prompt of a self-teacher or tutor
 
 
 METHODS = {}        # name -> Method
@@ -163,8 +172,8 @@ def method(losses, *, defaults=None, **facts):
         own = {name: Own(p.default, p.annotation, help_of(generator, name))
                for name, p in inspect.signature(generator).parameters.items()
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        METHODS[generator.__name__] = Method(
-            generator, losses, own, {name: flag.default for name, flag in own.items()} | (defaults or {}), **facts)
+        every = {name: flag.default for name, flag in own.items()} | (defaults or {})
+        METHODS[generator.__name__] = Method(generator, losses, own, every, **facts)
         return generator
     return register
 
@@ -185,8 +194,8 @@ DIAGNOSED = dict(diagnose_every=0, diagnose_rollouts=None, diagnose_layers=0)
 EMA = dict(self_teacher="ema", ema_rate=0.05, templates=None)
 FROZEN = EMA | dict(self_teacher="frozen")
 
-from . import camopd, dpo, focus, oneself, on_policy, opcod, rewards, supervised       # fills METHODS
+for file in pkgutil.iter_modules(__path__):             # every file of this folder may register methods
+    importlib.import_module(f"{__name__}.{file.name}")
 
-METHODS = {name: METHODS[name] for name in (            # in the order of --help
-    "sft", "seqkd", "kd", "gkd", "opd", "mopd", "camopd", "focus", "grpo", "dpo", "star", "opsd", "sdpo",
-    "opcod")} | METHODS
+ORDER = "sft seqkd kd gkd opd mopd camopd focus grpo dpo star opsd sdpo opcod".split()         # of --help
+METHODS = {name: METHODS[name] for name in ORDER} | METHODS

@@ -2,11 +2,11 @@
 
 The first branch is the one to recover (general), the others are preserved (domain). In the paper's letters:
 
-    b   = S(t)                                  the branch of step t: G..G D, n_g general steps, one domain  (5)
-    D_t = log q_b(y_t) - log p(y_t)             the gap on sampled tokens, at rollout time
-    s_i = mean_t |D_t| if b is general, else mean_t [D_t]+                                               (6) (7)
-    S_b = the shortest prefix of rollouts, by descending s, that holds the share rho_b of the sum of s       (8)
-    L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                                       (9)
+    b   = S(t)                              the branch of step t: n_g general steps, then one domain step  (5)
+    D_t = log q_b(y_t) - log p(y_t)         the gap on sampled tokens, at rollout time
+    s_i = mean_t |D_t| if b is general, else mean_t [D_t]+                                            (6), (7)
+    S_b = the shortest prefix of rollouts, by descending s, that holds the share rho_b of the sum of s     (8)
+    L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                                     (9)
 """
 import torch
 
@@ -22,7 +22,7 @@ def check(cfg):
 
 
 def select(run, jobs, *, mass, scale, **_):
-    """Give the rollouts with the largest gaps their branch's scale as weight, and the others 0. Eq. 6 to 9."""
+    """Weigh the rollouts with the largest gaps with their branch's scale, and the others with 0. Eq. 6-9."""
     for job in jobs:
         demand_B = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])
         keep_B = top_gap_mass(demand_B, mass[job.branch])
@@ -53,7 +53,7 @@ def camopd(run, *, schedule: Ratio("mixed") = "3:1", mass: PerBranch(most=1) = 0
 
 
 def scheduled(schedule, branches, step):
-    """Return the active branch. "3:1" is 3 steps of the first and 1 of the second; "mixed" is None: all. Eq. 5."""
+    """Return the active branch: "3:1" is 3 steps of the first, 1 of the second; "mixed" is None. Eq. 5."""
     if schedule == "mixed":
         return None
     period = []

@@ -1,7 +1,7 @@
-"""Direct preference optimisation (DPO, Rafailov et al., arXiv 2305.18290), on fixed pairs or on the student's own.
+"""DPO: direct preference optimisation (Rafailov et al., arXiv 2305.18290), on fixed pairs or on own rollouts.
 
     r(y) = log p(y | x) - log p_ref(y | x)                          summed over the completion's tokens
-    L    = - mean over pairs of log sigmoid(beta (r(chosen) - r(rejected)))                                  (7)
+    L    = - mean over pairs of log sigmoid(beta (r(chosen) - r(rejected)))                            (eq. 7)
 
 Its gradient is that of -log p(chosen) + log p(rejected), each pair weighted with
 beta sigmoid(-beta (r(chosen) - r(rejected))): a policy gradient, which the fused loss computes.

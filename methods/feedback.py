@@ -138,7 +138,7 @@ def reprompt(prompt, templates, solution=None, environment=None, peer=None):
 
 
 def with_answer(prompt, templates, answer):
-    """Return the prompt with its answer, for a model that is to explain it (STaR's rationalisation, 2203.14465)."""
+    """Return the prompt with its answer, for a model that is to explain it (STaR, 2203.14465)."""
     return with_question(prompt, templates.told, answer=answer)
 
 

@@ -76,10 +76,10 @@ def sdpo(run, *, no_environment: bool = False):
 
 
 def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
-    """Return Jobs with the student's self-teacher, which reads what is given here beside each rollout's prompt.
+    """Return Jobs with the student's self-teacher, which reads what is given beside each rollout's prompt.
 
-    A rollout has no weight if nothing is given, or if the text leaves no room for the rollout (what is decoded
-    may have more tokens when it is read).
+    A rollout has no weight if nothing is given, or if the text leaves no room for the rollout (what was
+    decoded may have more tokens when it is read).
     """
     teacher, nothing, informed = run.self_teacher(student), [None] * len(rollouts), []
     for r, *given in zip(rollouts, solutions, environment or nothing, peer or nothing, strict=True):
@@ -92,7 +92,7 @@ def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
 
 
 def demonstrations(rollouts):
-    """Return for every rollout the earliest correct one of its prompt, but not itself; None: there is none."""
+    """Return for every rollout the earliest correct one of its prompt but itself; None: there is none."""
     correct = {key: [r for r in group if r.reward == 1] for key, group in by_prompt(rollouts).items()}
     return [next((other.text for other in correct[prompt_key(r.prompt)] if other is not r), None)
             for r in rollouts]

@@ -3,17 +3,17 @@
 Each student is its own teacher, with the other student's feedback on its rollouts:
 
     for round in 1 .. R:
-      Delta_i = sum_d (s*_d - s_d^i) / s*_d        on validation prompts; s*_d the better score of both      (2)
+      Delta_i = sum_d (s*_d - s_d^i) / s*_d        on validation prompts; s*_d the better score of both    (2)
       for tutee in 1, 2; the other is its tutor, and does not change meanwhile:
         K times:
           y_1 .. y_n ~ p(. | x)
           s   the earliest correct of them, or nothing
           f_j ~ tutor(. | x, y_j), anchored, sanitised, filtered   if Delta_tutor <= tau, else nothing
-          L = 1/|y| sum_t D(p(. | x, y_<t) || sg p(. | x, s, f, y_<t))                                       (1)
+          L = 1/|y| sum_t D(p(. | x, y_<t) || sg p(. | x, s, f, y_<t))                                     (1)
 
 The first student is called the specialist of the first branch of prompts, the second of the second. A tutor
-is the model at the start of the phase (the paper's app. D; its alg. 1 takes the start of the round). A rollout
-is not its own s, as in SDPO. What tutors and self-teachers read is in feedback.py.
+is the model at the start of the phase (the paper's app. D; its alg. 1 takes the start of the round). As in
+SDPO, a rollout is not its own s. What tutors and self-teachers read is in feedback.py.
 """
 from collections import Counter
 
@@ -29,15 +29,16 @@ def check(cfg):
     """Refuse settings without two domains that are both validated, and rounds of different lengths."""
     branches = list(cfg.prompts)
     if len(branches) != 2:
-        raise Refused(f"--method {cfg.method} needs two branches of prompts, the first student's domain and the "
-                      "second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
+        raise Refused(f"--method {cfg.method} needs two branches of prompts, the first student's domain and "
+                      "the second's, as in --prompts physics=p.jsonl chemistry=c.jsonl, but --prompts has: "
                       + ", ".join(branches))
     if cfg.val_prompts.keys() != cfg.prompts.keys():
         raise Refused(f"--method {cfg.method} needs validation prompts for every branch "
-                      f"({', '.join(branches)}), but --val_prompts has: {', '.join(cfg.val_prompts) or 'none'}")
+                      f"({', '.join(branches)}), but --val_prompts has: "
+                      f"{', '.join(cfg.val_prompts) or 'none'}")
     if cfg.steps % cfg.rounds:
-        raise Refused(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has steps / "
-                      "rounds updates of each student")
+        raise Refused(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has "
+                      "steps / rounds updates of each student")
 
 
 def reads(run, model, row):
@@ -51,9 +52,9 @@ def reads(run, model, row):
     return ids + ids[-1:] * (run.cfg.max_new_tokens + run.cfg.feedback_tokens)
 
 
-@method(losses=any_divergence("jsd"), teachers="none", students=2, needs=("answer",), check=check, reads=reads,
-        defaults=EMA | dict(rollouts=8, importance_cap=2.0, support="student_tail", top_k=100, val_prompts=[],
-                       gate_rollouts=16))
+@method(losses=any_divergence("jsd"), teachers="none", students=2, needs=("answer",), check=check,
+        reads=reads, defaults=EMA | dict(rollouts=8, importance_cap=2.0, support="student_tail", top_k=100,
+                                         val_prompts=[], gate_rollouts=16))
 def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
           gate: OneOf("cognizance", "always", "never", "selective") = "cognizance", break_prompts: AMOUNT = 8,
           no_anchor: bool = False, feedback_tokens: COUNT = 1024):
@@ -61,10 +62,10 @@ def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
 
     rounds          rounds R; each has --steps / R updates of one student, then of the other
     tau             largest cognizance gap of a tutor; OPCoD eq. 2
-    gate            when a tutor gives feedback: cognizance gap within --tau, always, never, or (selective) beyond
-                    --tau on prompts of the domain in which it is stronger; OPCoD fig. 7
-    break_prompts   validation prompts per domain on which every round measures how many correct rollouts feedback
-                    breaks; 0 = none; OPCoD app. E
+    gate            when a tutor gives feedback: cognizance gap within --tau, always, never, or (selective)
+                    beyond --tau on prompts of the domain in which it is stronger; OPCoD fig. 7
+    break_prompts   validation prompts per domain on which every round measures how many correct rollouts
+                    feedback breaks; 0 = none; OPCoD app. E
     no_anchor       tutors need not name a concept of the question first; only answers are removed
     feedback_tokens  longest feedback, in tokens
     """
@@ -73,10 +74,9 @@ def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
         which, within = divmod(step, phase)
         tutee, tutor = run.students[which % 2], run.students[1 - which % 2]
         run.train_only(tutee)
+        decided = run.once(f"gate of round {which // 2}", lambda: cognizance(run, tau, gate, break_prompts))
         if which % 2 == 0 and within == 0:
-            run.notes["gate"] = run.once(f"gate of round {which // 2}", lambda: {
-                "round": which // 2, **cognizance(run, tau, gate, break_prompts)})
-        decided = run.memory[f"gate of round {which // 2}"]
+            run.notes["gate"] = {"round": which // 2, **decided}
         rollouts = run.sample(tutee, run.draw(student=tutee))
         solutions = demonstrations(rollouts)                                                    # s
         domains = decided["tutors"][1 - which % 2]
@@ -93,7 +93,8 @@ def cognizance(run, tau, gate, break_prompts):
 
     With break_prompts also how many correct rollouts each one's feedback breaks, whatever the gate says.
     """
-    scores = [run.scores(student, run.gate_prompts, run.cfg.gate_rollouts, "gate") for student in run.students]
+    count = run.cfg.gate_rollouts
+    scores = [run.scores(student, run.gate_prompts, count, "gate") for student in run.students]
     for domain in run.branches:
         if run.state["step"] == 0 and not any(s[domain] for s in scores):
             raise Refused(f"neither student answers a prompt of --val_prompts {domain} correctly, so their "
@@ -101,7 +102,8 @@ def cognizance(run, tau, gate, break_prompts):
                           f"{run.cfg.max_new_tokens}")
     gaps = cognizance_gaps(scores)
     found = {"scores": scores, "gaps": gaps, "cognizant": [gap <= tau for gap in gaps]}
-    found["tutors"] = [[domain for domain in run.branches if may_tutor(gate, found, i, domain)] for i in (0, 1)]
+    domains_of = lambda i: [domain for domain in run.branches if may_tutor(gate, found, i, domain)]
+    found["tutors"] = [domains_of(0), domains_of(1)]
     if break_prompts:
         found["broken"] = [broken(run, *pair, break_prompts) for pair in (run.students, run.students[::-1])]
     return found
@@ -164,8 +166,9 @@ def broken(run, tutor, tutee, count):
     same demonstrations, which are another rollout. The paper measures on training prompts at the start, and
     has no such control.
     """
+    prompts = [prompt for rows in run.gate_prompts.values() for prompt in rows[:count]]
     with run.without_side_effects("gate"):
-        rollouts = run.sample(tutee, [prompt for rows in run.gate_prompts.values() for prompt in rows[:count]])
+        rollouts = run.sample(tutee, prompts)
         correct = [(r, s) for r, s in zip(rollouts, demonstrations(rollouts)) if r.reward == 1]
         feedbacks = feedback(run, tutor, tutee, [r for r, _ in correct])
         kept = [(r.prompt, s, f) for (r, s), f in zip(correct, feedbacks) if f]

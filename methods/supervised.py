@@ -1,4 +1,4 @@
-"""Learning from fixed data: maximum likelihood, sequence-level and word-level distillation, and GKD's mixture."""
+"""Learning from fixed data: maximum likelihood, sequence-level and word-level distillation, and GKD."""
 import random
 
 from config import SHARE

@@ -20,9 +20,19 @@ TEMPLATES = {                                                    # as short as t
     "peer": "{feedback}+", "told": "{answer}={prompt}",
     "anchored": "{question}{response}>{tutor_domain} to {tutee_domain}",
     "unanchored": "{question}{response}="}
-WORD_ROWS = [{"prompt": p, "answer": a, "solution": a} for p, a in (
+WORD_ROWS = [{"prompt": p, "answer": a, "solution": a, "chosen": a, "rejected": p[:-1]} for p, a in (
     ("rev abc>", "cba"), ("copy hello>", "hello"), ("add 07 26>", "33"), ("last q>", "q"),
     ("sort zyx>", "xyz"))]
+
+
+def tiny(folder, net, tok, scale=6):
+    """Write an untrained model, its matrices scaled so that losses and gaps are large, with its tokenizer."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(scale if parameter.ndim == 2 else 1)
+    net.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +40,7 @@ def models(tmp_path_factory):
     """Folders of tiny untrained models with one tokenizer: a, b (same size), wide (another hidden size)."""
     root, tok = tmp_path_factory.mktemp("models"), small_world.tokenizer()
     for name, seed, hidden in (("a", 0, 32), ("b", 1, 32), ("wide", 2, 48)):
-        net = small_world.model(len(tok), seed, hidden=hidden, layers=2)
-        with torch.no_grad():                        # far from uniform, so that losses and gaps are large
-            for parameter in net.parameters():
-                parameter.mul_(6 if parameter.ndim == 2 else 1)
-        net.save_pretrained(root / name)
-        tok.save_pretrained(root / name)
+        tiny(root / name, small_world.model(len(tok), seed, hidden=hidden, layers=2), tok)
     return root
 
 
@@ -57,8 +62,8 @@ def argv(tmp_path, models, prompts):
         method = METHODS.get(flags.get("method"), METHODS["opd"])
         ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6,
                     device="cpu", out=tmp_path / f"out{build.calls}",
-                    teachers=[models / "wide"] if method.teachers else [])
-        if "templates" in method.flags:
+                    teachers=[] if method.teachers == "none" else [models / "wide"])
+        if "templates" in method.defaults:
             ours["templates"] = tmp_path / "templates.json"
             ours["templates"].write_text(json.dumps(TEMPLATES))
         if method.students == 2:

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import convert, sciknoweval, small_world
-from data.prompts import encode_completion, encode_prompt, load_prompts
 from data.graders import FORMS, GRADERS, can_be_correct, complaint, grade
+from data.prompts import is_chat, load_prompts, prompt_text
+from models import Model
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -84,21 +86,34 @@ def test_missing_and_empty_prompt_files(tmp_path):
             load_prompts(str(tmp_path / name), "main")
 
 
+def reader(tok, **template_kwargs):
+    """A Model of which only the tokenizer is there."""
+    return Model("model", None, tok, [tok.eos_token_id], len(tok), torch.float32, torch.device("cpu"), None,
+                 template_kwargs)
+
+
 def test_plain_and_chat_rendering():
     tok = small_world.tokenizer()
-    assert tok.decode(encode_prompt(tok, "rev abc>")) == "rev abc>"
+    seen = lambda prompt, **kwargs: tok.decode(reader(tok, **kwargs).encode(prompt))
+    assert seen("rev abc>") == "rev abc>"
     with pytest.raises(ValueError, match="no chat template"):
-        encode_prompt(tok, [{"role": "user", "content": "hi"}])
+        seen([{"role": "user", "content": "hi"}])
+    with pytest.raises(ValueError, match="without tokens"):
+        seen("")
     tok.chat_template = "{% for m in messages %}{{ m.role }}={{ m.content }} {% endfor %}" + \
         "{% if add_generation_prompt %}a{% if thinking is defined and not thinking %}0{% endif %}>{% endif %}"
-    assert tok.decode(encode_prompt(tok, "hi")) == "user=hi a>"
+    assert seen("hi") == "user=hi a>"
     chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "hi"}]
-    assert tok.decode(encode_prompt(tok, chat, {"thinking": False})) == "system=no user=hi a0>"
+    assert seen(chat, thinking=False) == "system=no user=hi a0>"
+    assert is_chat(chat) and not is_chat("hi") and prompt_text(chat) == prompt_text("hi") == "hi"
 
 
 def test_references_are_closed_by_eos():
     tok = small_world.tokenizer()
-    assert encode_completion(tok, "cba")[-1] == tok.eos_token_id and tok.pad_token_id != tok.eos_token_id
+    model = reader(tok)
+    *ids, last = model.encode_completion("cba")
+    assert last == tok.eos_token_id != tok.pad_token_id
+    assert model.decode(torch.tensor([*ids, last])) == model.decode(torch.tensor(ids)) == "cba"
 
 
 def test_small_world_answers_are_right_and_evaluation_prompts_are_never_trained_on(tmp_path):

@@ -1,4 +1,5 @@
 """Diagnosis: its numbers are those of the gradients that train, and to measure changes nothing."""
+import functools
 import itertools
 import json
 import math
@@ -9,12 +10,14 @@ import torch
 from conftest import gradients, parameters
 
 import opd
+from config import Refused
 from data import graders, small_recovery
-from lab import diagnosis, tables
 from data.files import read_lines
-from lab.recipes import Recipe
 from data.small_peers import walk
-from methods import METHODS, selected, top_gap_mass
+from lab import diagnosis, tables
+from lab.recipes import Recipe
+from methods import METHODS, by_branch
+from methods.camopd import top_gap_mass
 
 
 @pytest.fixture
@@ -24,6 +27,34 @@ def two(models, prompts):
     files = [f"first={prompts('first', rows[:4])}", f"second={prompts('second', rows[4:])}"]
     return dict(teachers=[f"first={models / 'wide'}", f"second={models / 'b'}"], prompts=files, method="mopd",
                 loss="rkl", batch=8)
+
+
+def diagnose(run):
+    """The diagnosis of a run at its present parameters, as the loop makes it."""
+    return diagnosis.diagnose(run, functools.partial(opd.gradients, run))
+
+
+def measure(run, rollouts, total):
+    """What is measured of one branch's rollouts, of `total` in all, over the whole network."""
+    return diagnosis.measure(run, rollouts, list(run.student.net.parameters()), total,
+                             functools.partial(opd.gradients, run))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every diagnosis has measured, in order: [(branch, Measured)]."""
+    found, original = [], diagnosis.measure
+
+    def spy(run, rollouts, *rest):
+        found.append((rollouts[0].prompt["branch"], original(run, rollouts, *rest)))
+        return found[-1][1]
+    monkeypatch.setattr(diagnosis, "measure", spy)
+    return found
+
+
+def flat(gradient):
+    """A gradient per parameter as one vector."""
+    return torch.cat([g.flatten().double() for g in gradient])
 
 
 # ---- numbers from dot products -----------------------------------------------------------------------------
@@ -130,43 +161,45 @@ def test_some_entries_keep_dot_products(monkeypatch):
 
 @pytest.mark.parametrize("loss", ["pg", "rkl"])
 def test_gradients_of_single_rollouts_add_up_to_the_methods(start, two, loss):
-    run = start(**two | dict(method="camopd", loss=loss, mass=["first=0.5", "second=0.7"],
+    """Of the Jobs that the method itself yields: their weights, and every rollout with weight 1."""
+    run = start(**two | dict(method="camopd", loss=loss, schedule="mixed", mass=["first=0.5", "second=0.7"],
                              scale=["first=3", "second=0.5"]))
-    learn = [p for p in run.student.net.parameters()]
-    rollouts = run.sample(run.student, run.draw())
-    for job in selected(run, rollouts):
-        measured = opd.measure(run, job, learn, len(rollouts))
-        flat = lambda some: torch.cat([g.flatten().double() for g in some])
-        rows, kept, branch = measured.gradients_ND.double(), measured.kept_N, job.rollouts[0].prompt["branch"]
-        assert 0 < kept.sum() < len(rows) and measured.mass == run.cfg.mass[branch]
+    jobs = next(run.jobs())
+    run.score(jobs, gaps=False)
+    assert [job.branch for job in jobs] == ["first", "second"]
+    for job in jobs:
+        measured = measure(run, job.rollouts, run.cfg.batch)
+        rows, kept, scale = measured.gradients_ND.double(), measured.kept_N, run.cfg.scale[job.branch]
+        assert 0 < kept.sum() < len(rows) and measured.mass == run.cfg.mass[job.branch]
         close = dict(rtol=0, atol=1e-5 * rows.abs().max().item())
-        for weights, expected in ((opd.weigh([job])[0], run.cfg.scale[branch] * rows[kept].mean(0)),
-                                  ([torch.ones_like(r.gap_T) / len(r.ids_T) / len(rows)
-                                    for r in job.rollouts], rows.mean(0))):
-            opd.backward(job, weights, run.cfg)
+        own = opd.weigh([job])[0]
+        ones = [torch.ones(len(r.ids_T)) / len(r.ids_T) / len(rows) for r in job.rollouts]
+        for weights, expected in ((own, scale * rows[kept].mean(0)), (ones, rows.mean(0))):
+            opd.backward(run, job, weights)
             torch.testing.assert_close(gradients(run.student), expected, **close)
             run.student.net.zero_grad()
         for half in (0, 1):
             some = top_gap_mass(measured.demand_N[half::2], measured.mass)
             torch.testing.assert_close(flat(measured.means[half]), rows[half::2].mean(0), **close)
-            torch.testing.assert_close(flat(measured.steps[half]),
-                                       run.cfg.scale[branch] * rows[half::2][some].mean(0), **close)
+            torch.testing.assert_close(flat(measured.steps[half]), scale * rows[half::2][some].mean(0),
+                                       **close)
 
 
 def test_every_method_that_can_be_diagnosed_is(start, two, models):
-    able = [name for name, method in METHODS.items() if method.jobs]
-    assert able == [name for name, method in METHODS.items() if "diagnose_every" in method.flags]
+    able = [name for name, method in METHODS.items() if "diagnose_every" in method.defaults]
+    assert able == ["opd", "mopd", "camopd", "focus"]
+    assert {name for name, method in METHODS.items() if method.select} <= set(able)
     for name in able:
         teachers = [models / "wide"] if name == "opd" else two["teachers"]
         run = start(**two | dict(method=name, teachers=teachers, diagnose_every=1, diagnose_rollouts=5))
-        found = opd.diagnose(run)
+        found = diagnose(run)
         assert list(found["branches"]) == ["first", "second"] and list(found["pairs"]) == ["first, second"]
         for b in found["branches"].values():
             assert b["rollouts"] == 5 and 1 <= b["kept"] <= 5 and 0 < b["coherence"] <= 1
         assert list(found["steps"]) == ["first", "second", "first+second"]
         assert all(step["step"] > 0 and step["change"].keys() == {"first", "second"}
                    for step in found["steps"].values())
-    one = opd.diagnose(start(prompts=[two["prompts"][0].partition("=")[2]], diagnose_every=1))
+    one = diagnose(start(prompts=[two["prompts"][0].partition("=")[2]], diagnose_every=1))
     assert one["pairs"] == {} and list(one["steps"]) == ["main"]
 
 
@@ -175,7 +208,7 @@ def test_without_a_gap_there_is_nothing_to_see(start, two, models, loss):
     """As CaMOPD starts: the student is its domain's teacher, whose branch has no gradient at all."""
     run = start(**two | dict(teachers=two["teachers"][:1] + [f"second={models / 'a'}"], loss=loss,
                              diagnose_every=1))
-    found = opd.diagnose(run)
+    found = diagnose(run)
     second = found["branches"]["second"]
     assert second["norm"] == second["coherence"] == 0 and second["gcg"] is second["alignment"] is None
     assert (loss == "rkl" or second["deciles"] is None) and found["pairs"]["first, second"]["cosine"] is None
@@ -183,26 +216,25 @@ def test_without_a_gap_there_is_nothing_to_see(start, two, models, loss):
     json.dumps(found, allow_nan=False)
 
 
-def test_the_last_layers_only(start, two, monkeypatch):
+def test_the_last_layers_only(start, two, seen):
     run = start(**two)
     last = diagnosis.watched(run.student, 1)
     assert {id(p) for p in last} == {id(p) for p in run.student.body.layers[-1].parameters()}
     assert len(diagnosis.watched(run.student, 0)) == len(list(run.student.net.parameters()))
-    seen, measure = [], opd.measure
-    monkeypatch.setattr(opd, "measure", lambda *args: seen.append(measure(*args)) or seen[-1])
     run.cfg.diagnose_layers = 1
-    few = opd.diagnose(run)
+    few = diagnose(run)
     run.cfg.diagnose_layers = 0
-    whole = opd.diagnose(run)
-    assert seen[0].gradients_ND.shape[1] == sum(p.numel() for p in last)
+    whole = diagnose(run)
+    last_ND, whole_ND = seen[0][1].gradients_ND, seen[2][1].gradients_ND
+    assert last_ND.shape[1] == sum(p.numel() for p in last)
     assert all(p.requires_grad and p.grad is None for p in run.student.net.parameters())
     at = [torch.zeros_like(p, dtype=torch.bool) | any(p is q for q in last)
           for p in run.student.net.parameters()]
-    picked = seen[2].gradients_ND[:, torch.cat([x.flatten() for x in at])]
-    assert torch.allclose(picked, seen[0].gradients_ND, atol=1e-6 * picked.abs().max().item())
+    picked = whole_ND[:, torch.cat([x.flatten() for x in at])]
+    assert torch.allclose(picked, last_ND, atol=1e-6 * picked.abs().max().item())
     assert few["branches"]["first"]["kept"] == whole["branches"]["first"]["kept"]
     assert "steps" in whole and "steps" not in few        # their clipping needs the whole gradient's norm
-    with pytest.raises(SystemExit, match="layers 3: the student, a Qwen3ForCausalLM, has 2 layers"):
+    with pytest.raises(Refused, match="layers 3: the student, a Qwen3ForCausalLM, has 2 layers"):
         diagnosis.watched(run.student, 3)
 
 
@@ -233,9 +265,9 @@ def test_a_trial_step_is_the_step(start, two, optimizer, grad_clip):
     run = start(**two | dict(optimizer=optimizer, grad_clip=grad_clip, lr=1e-3, weight_decay=0))
     learn = list(run.student.net.parameters())
     rollouts = run.sample(run.student, run.draw("first"))
-    job, = METHODS["mopd"].jobs(run, rollouts)
-    opd.score(job, run.cfg)
-    gradient = opd.gradients(learn, job, opd.weigh([job])[0], run.cfg)
+    job, = run.route(rollouts)
+    run.score([job])
+    gradient = opd.gradients(run, job, learn)
     found = diagnosis.trial_steps(run.student, learn, {"it": gradient}, {"loss": gradient}, 1e-3,
                                   grad_clip)["it"]
     before = parameters(run.student)
@@ -251,9 +283,8 @@ def test_a_trial_step_goes_on_from_the_optimizers_state(start, two):
     """AdamW's second moment as it stands, no momentum, no decay, at the peak rate during a warm-up."""
     run = start(**two | dict(lr=1e-3, grad_clip=0, warmup=100, adam_beta2=0.9, weight_decay=0.5))
     for _ in range(3):
-        jobs = METHODS["mopd"].jobs(run, run.sample(run.student, run.draw()))
-        for job in jobs:
-            opd.score(job, run.cfg)
+        jobs = run.route(run.sample(run.student, run.draw()))
+        run.score(jobs)
         opd.update(run, jobs, opd.weigh(jobs))
     optimizer, = run.student.optimizers
     before, state = parameters(run.student), {p: dict(s) for p, s in optimizer.state.items()}
@@ -277,15 +308,11 @@ def test_a_scale_moves_sgd_and_a_fresh_adam_and_muon_not_at_all(start, two):
         assert steps["twice"]["step"] / steps["once"]["step"] == pytest.approx(ratio, rel=1e-3), optimizer
 
 
-def test_steps_are_judged_on_the_other_half(start, two, monkeypatch):
+def test_steps_are_judged_on_the_other_half(start, two, seen):
     """A step that is judged by the rollouts it comes from improves even where there is only noise."""
     run = start(**two | dict(optimizer="sgd", lr=2.0, grad_clip=0.5, mixture="3:1", diagnose_every=1))
-    seen, measure = {}, opd.measure
-    monkeypatch.setattr(opd, "measure", lambda run, job, *rest: seen.setdefault(
-        job.rollouts[0].prompt["branch"], measure(run, job, *rest)))
-    found = opd.diagnose(run)
-    flat = lambda some: torch.cat([g.flatten().double() for g in some])
-    means = {branch: [flat(half) for half in m.means] for branch, m in seen.items()}
+    found = diagnose(run)
+    means = {branch: [flat(half) for half in m.means] for branch, m in seen}
     directions = {"first": means["first"], "second": means["second"], "first+second": [
         0.75 * a + 0.25 * b for a, b in zip(means["first"], means["second"])]}
     for name, halves in directions.items():
@@ -341,7 +368,7 @@ def test_diagnoses_are_due_and_survive_a_restart(start, two, argv):
 
 
 def test_flags_without_effect_are_refused(argv):
-    said = lambda **flags: pytest.raises(SystemExit, opd.configure, argv(**flags)).value.code
+    said = lambda **flags: str(pytest.raises(Refused, opd.configure, argv(**flags)).value)
     assert "--diagnose_layers has no effect without --diagnose_every" in said(diagnose_layers=1)
     assert "--diagnose_rollouts has no effect without" in said(diagnose_rollouts=4)
     assert "--diagnose_every has no effect on --method seqkd; it is for: opd, mopd, camopd" in said(
@@ -351,8 +378,9 @@ def test_flags_without_effect_are_refused(argv):
 
 def test_mass_of_one_is_diagnosed_as_if_it_were_the_papers(start, two):
     run = start(**two | dict(method="camopd", mass=["first=1", "second=0.5"]))
-    for job, mass in zip(selected(run, run.sample(run.student, run.draw())), (0.8, 0.5)):
-        measured = opd.measure(run, job, list(run.student.net.parameters()), 8)
+    branches = by_branch(run.sample(run.student, run.draw()))
+    for rollouts, mass in zip(branches.values(), (0.8, 0.5), strict=True):
+        measured = measure(run, rollouts, 8)
         assert torch.equal(measured.kept_N, top_gap_mass(measured.demand_N, mass))
 
 
@@ -401,7 +429,7 @@ def test_intervals_are_students(tmp_path):
 
 
 def test_a_recipe_shows_its_runs_diagnoses(tmp_path, start, two):
-    found = opd.diagnose(start(**two, diagnose_every=1))
+    found = diagnose(start(**two, diagnose_every=1))
     later, last = (json.loads(json.dumps(found)) for _ in range(2))
     for one, cosine, kept in ((later, -0.25, 2), (last, -0.75, 4)):
         one["pairs"]["first, second"] |= {"dot": -6.0, "dot_error": 2.0, "cosine": cosine,

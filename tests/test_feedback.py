@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from methods.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors,
-                           concept, read_templates, reprompt, shortened, specific, tutor_prompt,
-                           without_answers, without_concept, without_thinking, words)
+from methods.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors, concept,
+                              read_templates, reprompt, shortened, specific, tutor_prompt, with_answer,
+                              without_answers, without_concept, without_thinking, words)
 
 PHYSICS = Path(__file__).parent.parent.parent / "shared" / "data" / "sciknoweval" / "physics_train.jsonl"
 QUESTION = "What is the net electric flux of a charged cube? Select the answer.\n\nA: 2.0\nB: 3.0"
@@ -303,6 +303,7 @@ def test_content_survives_every_template(text):
     seen = reprompt(text, T, solution=text, environment=text, peer=text)
     assert seen.count(text) == 4
     assert tutor_prompt(text, text, T, "physics", "chemistry").count(text) == 2
+    assert with_answer(text, T, text).count(text) == 2
 
 
 @pytest.mark.parametrize("anchored", [True, False])
@@ -343,7 +344,8 @@ def test_templates_from_a_file(tmp_path):
     ("{", "not JSON"), ("", "not JSON"), ("[" * 100000, "not JSON"), ('["peer"]', "one JSON object"),
     ("null", "one JSON object"),
     ('{"pear": "x"}',
-    "unknown template 'pear'; there are: reprompt, solution, environment, peer, anchored, unanchored, told"),
+     "unknown template 'pear'; did you mean peer\\? there are: reprompt, solution, environment, peer, anchored, "
+     "unanchored, told"),
     ('{"peer": 7}', "'peer' is text, not '7'"), ('{"peer": null}', "'peer' is text"),
     ('{"peer": "{feedback} {x}"}', r"'peer' has unknown \{x\}; its placeholders are \{feedback\}"),
     ('{"peer": "{feedback} {}"}', "'peer' has unknown"), ('{"peer": "{feedback} {0}"}', "'peer' has unknown"),

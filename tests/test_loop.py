@@ -1,20 +1,26 @@
 """The loop: sample, score, select, update. Each test names a way in which well-known trainers were wrong."""
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import WORD_ROWS, gradients, parameters
+from conftest import WORD_ROWS, gradients, parameters, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from config import Refused
+from data import small_world
 from data.files import read_lines
 from losses import Objective
-from methods import (METHODS, Job, Method, Rollout, absolute_gap, gap_mass, in_demand, positive_gap, routed,
-                     scheduled, top_gap_mass)
+from methods import METHODS, Job, Rollout
+from methods.camopd import absolute_gap, positive_gap, scheduled, select, top_gap_mass
+from methods.focus import in_demand
 
 
-def rollouts(run, seed=0, count=6):
+def rollouts(run, seed=0, count=6, rows=WORD_ROWS):
     """Completions of different lengths, some cut, some closed by EOS, as if sampled."""
     g = torch.Generator().manual_seed(seed)
     out = []
@@ -23,7 +29,8 @@ def rollouts(run, seed=0, count=6):
         if i % 2:
             ids_T = torch.cat([ids_T, torch.tensor(run.student.stops)])
         logp_T = -4 + 2 * torch.randn(len(ids_T), generator=g)  # importance weights beyond both bounds
-        out.append(Rollout({"prompt": WORD_ROWS[i % 5]["prompt"], "branch": "main"}, ids_T, logp_T))
+        prompt = {"prompt": rows[i % len(rows)]["prompt"], "branch": "main"}
+        out.append(run.rollout(prompt, ids_T, logp_T=logp_T))
     return out
 
 
@@ -36,11 +43,10 @@ def double(run):
 
 def accumulate(run, jobs):
     """score, weigh and backward as the loop does them, without the optimizer's step."""
-    for job in jobs:
-        opd.score(job, run.cfg)
+    run.score(jobs, gaps=False)
     weights = opd.weigh(jobs)
     run.student.net.zero_grad()
-    return sum(opd.backward(job, w, run.cfg)[0] for job, w in zip(jobs, weights))
+    return sum(opd.backward(run, job, w)[0] for job, w in zip(jobs, weights))
 
 
 def on_whole_logits(run, r):
@@ -80,18 +86,21 @@ def test_gradient_of_any_micro_batches_is_float64_autograd_on_the_whole(start, l
     objective = (Objective(label=loss, importance=(0.1, 10)) if loss in ("pg", "nll")
                  else Objective(divergence=loss))
     selection = [1.0, 0.0, 2.0, 1.0, 0.0, 1.0]
-    job = Job(run.student, run.teacher, rollouts(run), objective, lambda job: selection)
-    value = accumulate(run, [job])
-    ours = gradients(run.student)
+    selected = Job(run.student, run.teacher, rollouts(run), objective)
+    run.score([selected])                                            # selection is on the gaps ..
+    selected.weights = selection
+    known = Job(run.student, run.teacher, rollouts(run), objective, selection)      # .. or known before
+    results = [(accumulate(run, [job]), gradients(run.student)) for job in (selected, known)]
     run.student.net.zero_grad()
-    expected = by_hand(run, job, selection, DEFINITIONS[loss])
+    expected = by_hand(run, selected, selection, DEFINITIONS[loss])
     expected.backward()
-    if loss == "pg":
-        w_N = torch.cat([(r.lp_T - r.logp_T).exp() for r in job.rollouts])
-        assert ((w_N < 0.1) | (w_N > 10)).any() and ((w_N > 0.1) & (w_N < 10)).sum() > 5
-    assert value == pytest.approx(expected.item(), rel=1e-6)
     exact = gradients(run.student)
-    assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()     # gaps are float32 statistics
+    if loss == "pg":
+        w_N = torch.cat([(lp_T - r.logp_T).exp() for lp_T, r in zip(selected.lp, selected.rollouts)])
+        assert ((w_N < 0.1) | (w_N > 10)).any() and ((w_N > 0.1) & (w_N < 10)).sum() > 5
+    for value, ours in results:
+        assert value == pytest.approx(expected.item(), rel=1e-6)
+        assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()     # gaps are float32 statistics
 
 
 FAMILIES = {                                                     # the head: what is special about it
@@ -118,7 +127,7 @@ def family(name, seed, folder, tok, **more):
                   num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
                   pad_token_id=0, max_position_embeddings=64)
     config = getattr(transformers, f"{name}Config")(**common | FAMILIES[name] | more)
-    net = transformers.AutoModelForCausalLM.from_config(config)
+    net = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(6 if parameter.ndim == 2 else 1).add_(0.1 * torch.randn_like(parameter))
@@ -132,7 +141,7 @@ def family(name, seed, folder, tok, **more):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in EXPERTS])        # no float64 there
 def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tmp_path, name, loss):
     """Bias, softcap and logit scale, of student and teacher: against the logits of transformers itself."""
-    tok = transformers.AutoTokenizer.from_pretrained(models / "a")
+    tok = AutoTokenizer.from_pretrained(models / "a")
     run = double(start(student=family(name, 0, tmp_path / "s", tok),
                        teachers=[family(name, 1, tmp_path / "t", tok)]))
     objective = Objective(label="nll") if loss == "nll" else Objective(divergence=loss)
@@ -146,23 +155,24 @@ def test_heads_of_other_families_train_as_their_own_logits_say(start, models, tm
     assert value == pytest.approx(expected.item(), rel=1e-6) and ours.keys() == grads().keys()
     for n, g in grads().items():
         assert (ours[n] - g).abs().max() < 1e-6 * g.abs().max() + 1e-12, n
-    opd.score(Job(run.student, run.teacher, job.rollouts, objective, lambda job: [1.0] * 6), run.cfg)
-    for r in job.rollouts:                                       # scoring sees the same logits of both
+    scored = Job(run.student, run.teacher, job.rollouts, objective)
+    run.score([scored])
+    for r, ours_T, gap_T in zip(scored.rollouts, scored.lp, scored.gaps):   # it sees the same logits of both
         lp_T, lq_T = (logp.gather(1, r.ids_T[:, None])[:, 0] for logp in on_whole_logits(run, r))
-        assert (r.lp_T - lp_T).abs().max() < 1e-5 and (r.gap_T - (lq_T - lp_T)).abs().max() < 1e-4
+        assert (ours_T - lp_T).abs().max() < 1e-5 and (gap_T - (lq_T - lp_T)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_run_from_end_to_end(start, models, tmp_path, name, dtype):
     """Sampling is on-policy (checked before step 1), equal models have no gap, final/ is what was trained."""
-    folder = family(name, 0, tmp_path / "s", transformers.AutoTokenizer.from_pretrained(models / "a"))
+    folder = family(name, 0, tmp_path / "s", AutoTokenizer.from_pretrained(models / "a"))
     run = start(student=folder, teachers=[folder], dtype=dtype, lr=1e-3, loss="fkl", rollouts=2)
     opd.train(run)
     first, second = metrics(run)
-    exact = dtype == "float32" or name != "Qwen3Next"            # experts: compute_alike
+    exact = dtype == "float32" or name != "Qwen3Next"            # experts: match_precision
     assert abs(first["value"]) < (1e-4 if exact else 1e-3) and (first["grad_norm"] < 1e-2 or not exact)
-    final = transformers.AutoModelForCausalLM.from_pretrained(run.out / "final", dtype=run.student.dtype)
+    final = AutoModelForCausalLM.from_pretrained(run.out / "final", dtype=run.student.dtype)
     assert final.get_output_embeddings() is not None and type(final) is type(run.student.net)
     for (name, ours), (_, theirs) in zip(run.student.net.named_parameters(), final.named_parameters()):
         torch.testing.assert_close(ours, theirs, msg=name)
@@ -170,18 +180,18 @@ def test_other_families_run_from_end_to_end(start, models, tmp_path, name, dtype
 
 @pytest.mark.parametrize("name, tied", [("Qwen3", False), ("Llama", True), ("GPT2", False)])
 def test_tied_and_untied_heads_stay_what_they_are(start, models, tmp_path, name, tied):
-    folder = family(name, 0, tmp_path / "s", transformers.AutoTokenizer.from_pretrained(models / "a"),
+    folder = family(name, 0, tmp_path / "s", AutoTokenizer.from_pretrained(models / "a"),
                     tie_word_embeddings=tied)
     run = start(student=folder, lr=1e-2)
     opd.train(run)
-    net = transformers.AutoModelForCausalLM.from_pretrained(run.out / "final")
-    before = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    net = AutoModelForCausalLM.from_pretrained(run.out / "final")
+    before = AutoModelForCausalLM.from_pretrained(folder)
     heads = [x.get_output_embeddings().weight for x in (net, before)]
     assert (heads[0] is net.get_input_embeddings().weight) == tied and not torch.equal(*heads)
 
 
 def test_muon_leaves_the_ends_of_a_model_with_a_bias_to_adamw(start, models, tmp_path):
-    tok = transformers.AutoTokenizer.from_pretrained(models / "a")
+    tok = AutoTokenizer.from_pretrained(models / "a")
     run = start(student=family("Phi", 0, tmp_path / "s", tok), optimizer="muon")
     in_muon = {id(p) for group in run.student.optimizers[0].param_groups for p in group["params"]}
     assert in_muon and id(run.student.net.get_output_embeddings().weight) not in in_muon
@@ -193,16 +203,14 @@ def test_every_completion_token_carries_loss_the_first_and_eos_included(start):
     assert r.ids_T[-1] in run.student.stops and run.student.tok.eos_token_id in run.student.stops
     for t in range(len(r.ids_T)):
         one_token = [torch.zeros(len(r.ids_T)).index_fill(0, torch.tensor([t]), 1.0)]
-        accumulate(run, [Job(run.student, run.teacher, [r], Objective(divergence="rkl"),
-                             lambda job: one_token)])
+        accumulate(run, [Job(run.student, run.teacher, [r], Objective(divergence="rkl"), one_token)])
         assert gradients(run.student).abs().max() > 1e-6, f"token {t} of {len(r.ids_T)} has no loss"
 
 
 def test_selection_sees_the_whole_batch_and_normalisation_only_what_is_kept(start):
     """Dropping a rollout must change the others' weight from 1/n to 1/(n - 1), whatever its micro-batch."""
     run = start()
-    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"),
-              lambda job: [1.0] * 5 + [0.0])
+    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"), [1.0] * 5 + [0.0])
     other = Job(run.student, run.teacher, rollouts(run, 1, count=3), Objective(divergence="rkl"))
     weights = opd.weigh([job, other])
     assert sum(w_T.sum() for ws in weights for w_T in ws) == pytest.approx(1.0)
@@ -221,7 +229,7 @@ def metrics(run):
 def test_targets_move_from_step_to_step_and_end_at_the_teacher(start, monkeypatch, flags, targets):
     seen, ours = [], opd.linear_divergence
     monkeypatch.setattr(opd, "linear_divergence", lambda *args, **kwargs: (
-        seen.append(kwargs["target"]) if "target" in kwargs else None, ours(*args, **kwargs))[1])
+        seen.append(kwargs["target"]), ours(*args, **kwargs))[1])
     run = start(steps=3, **flags)
     opd.train(run)
     assert [pytest.approx(t) for t in targets] == seen
@@ -231,7 +239,7 @@ def test_targets_move_from_step_to_step_and_end_at_the_teacher(start, monkeypatc
 def test_a_moving_target_depends_on_where_the_training_ends(start, argv):
     run = start(steps=2, target="veto")
     opd.train(run)
-    with pytest.raises(SystemExit, match="another steps"):
+    with pytest.raises(Refused, match="another steps"):
         opd.Run(opd.configure(argv(steps=4, target="veto", out=run.out, resume=True)))
 
 
@@ -240,9 +248,9 @@ def test_the_gap_is_the_teachers_whatever_the_target(start):
     plain, taid = (start(method="mopd", loss="rkl", **flags) for flags in ({}, dict(target="taid")))
     gaps = []
     for run in (plain, taid):
-        job = Job(run.student, run.teacher, rollouts(run), run.objective, lambda job: [1.0] * 6)
-        opd.score(job, run.cfg)
-        gaps.append(torch.cat([r.gap_T for r in job.rollouts]))
+        job = Job(run.student, run.teacher, rollouts(run), run.objective)
+        run.score([job])
+        gaps.append(torch.cat(job.gaps))
     torch.testing.assert_close(*gaps)
 
 
@@ -274,7 +282,6 @@ def test_equal_student_and_teacher_do_not_move(start, models):
 
 def test_equal_models_have_no_gap_in_bfloat16(start, models, tmp_path):
     """The student is kept in float32 and the teacher is not: both must still compute the same numbers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     half = AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in half.parameters():         # queries and keys are normed in bfloat16 ..
@@ -306,14 +313,14 @@ def two_branches(models, prompts, **flags):
 
 def test_camopd_with_everything_off_is_plain_alternation(start, models, prompts, monkeypatch):
     """Kept mass 1 and scales 1: nothing is dropped and nothing is scaled, to the last bit."""
-    def alternate(run):
+    def alternate(run, **own):
         for step in run.steps():
             branch = "general" if step % 4 < 3 else "domain"
-            yield routed(run, run.sample(run.student, run.draw(branch)))
+            yield run.route(run.sample(run.student, run.draw(branch)))
 
     camopd = start(**two_branches(models, prompts, method="camopd", mass=1, scale=1))
     ours = trained(camopd)
-    monkeypatch.setitem(METHODS, "camopd", Method(alternate, ("pg",)))
+    monkeypatch.setitem(METHODS, "camopd", replace(METHODS["camopd"], generator=alternate))
     assert torch.equal(ours, trained(start(**two_branches(models, prompts, method="camopd"))))
     kept = [json.loads(line) for line in (camopd.out / "metrics.jsonl").read_text().splitlines()]
     assert all(s["kept"] == s["rollouts"] == 4 for s in kept if "loss" in s)
@@ -359,7 +366,7 @@ def test_focus_asks_again_where_the_gap_was_largest(start, models, prompts, monk
     sample = whole.sample
     whole.sample = lambda model, some, *rest, **more: (
         asked_at.append(some) or sample(model, some, *rest, **more))
-    end, asked = trained(whole), whole.state["demand"]
+    end, asked = trained(whole), whole.memory["demand"]
     assert all([p["branch"] for p in some] == ["general"] * 2 + ["domain"] * 2 for some in asked_at)
     assert len({p["row"] for some in asked_at[:2] for p in some[:2]}) >= 3      # nothing was known at first
     assert whole.state["cursor"] == [{"general": 7, "domain": 7}]               # 2, and then one new a step
@@ -370,7 +377,7 @@ def test_focus_asks_again_where_the_gap_was_largest(start, models, prompts, monk
         opd.train(cut)
     monkeypatch.undo()
     again = start(**flags, out=cut.out, resume=True)
-    assert torch.equal(trained(again), end) and again.state["demand"] == asked
+    assert torch.equal(trained(again), end) and again.memory["demand"] == asked
 
 
 def test_gap_selection_is_equation_6_to_9():
@@ -381,11 +388,17 @@ def test_gap_selection_is_equation_6_to_9():
     assert top_gap_mass(torch.zeros(3), 0.5).all()
     gap_T = torch.tensor([-3.0, 1.0, 0.5])
     assert absolute_gap(gap_T) == pytest.approx(1.5) and positive_gap(gap_T) == pytest.approx(0.5)
-    job = Job(None, None, [Rollout({}, torch.arange(2), gap_T=torch.tensor([g, g]))
-                           for g in (1.0, -4.0, 0.1)], None)
-    assert gap_mass(absolute_gap, 0.8, 2.0)(job) == [2, 2, 0]         # 4 of 5.1 is less than 0.8 ..
-    assert gap_mass(absolute_gap, 0.78, 2.0)(job) == [0, 2, 0]        # .. and more than 0.78
-    assert gap_mass(positive_gap, 0.8, 1.0)(job) == [1, 0, 0]
+
+    def selected(branch, mass, scale):
+        gaps = [torch.tensor([g, g]) for g in (1.0, -4.0, 0.1)]
+        job = Job(None, None, [Rollout({"branch": branch}, torch.arange(2), [3], [3])] * 3, None,
+                  lp=[torch.full((2,), -5.0)] * 3, lq=[gap_T - 5 for gap_T in gaps])
+        select(SimpleNamespace(branches=["g", "d"]), [job], mass={"g": 2, "d": 2} | {branch: mass},
+               scale={"g": 7, "d": 7} | {branch: scale})
+        return job.weights
+    assert selected("g", 0.8, 2.0) == [2, 2, 0]                  # 4 of 5.1 is less than 0.8 ..
+    assert selected("g", 0.78, 2.0) == [0, 2, 0]                 # .. and more than 0.78
+    assert selected("d", 0.8, 1.0) == [1, 0, 0]
     assert [scheduled("3:1", ["g", "d"], t) for t in range(8)] == list("gggdgggd")
     assert scheduled("mixed", ["g", "d"], 0) is None
 
@@ -402,12 +415,11 @@ def test_teachers_never_change(start, models, prompts):
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.students == 1])
 def test_same_seed_same_numbers(start, method):
-    flags = (dict(method=method, lr=1e-3)
-             | {"sft": {"teachers": []}, "camopd": {"schedule": "1"}}.get(method, {}))
-    first, again, other = start(**flags), start(**flags), start(**flags, seed=1)
+    flags = dict(method=method, lr=1e-3) | {"camopd": {"schedule": "1"}}.get(method, {})
+    first, again = start(**flags), start(**flags)
     assert torch.equal(trained(first), trained(again))
     if method in ("opd", "mopd", "camopd"):
-        assert not torch.equal(parameters(first.student), trained(other))
+        assert not torch.equal(parameters(first.student), trained(start(**flags, seed=1)))
 
 
 def test_resume_continues_where_the_run_was(start, monkeypatch):
@@ -426,7 +438,6 @@ def test_resume_continues_where_the_run_was(start, monkeypatch):
 
 def test_resume_keeps_every_stop_token_and_survives_odd_logs(start, models, tmp_path):
     """Chat models list several EOS ids; samples may hold U+2028; a kill may cut the last line of a log."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     net = AutoModelForCausalLM.from_pretrained(models / "a")
     net.generation_config.update(eos_token_id=[1, 7], do_sample=True, top_k=20)
     net.save_pretrained(tmp_path / "two")
@@ -462,20 +473,16 @@ def die_at(update, step):
 def test_random_student_reaches_its_teacher(tmp_path, prompts):
     """On a vocabulary of 50 tokens, KL(p || q) on the student's own rollouts falls by ten times."""
     from tokenizers import Tokenizer, decoders, models as tokens, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from data import small_world
     core = Tokenizer(tokens.WordLevel({"<eos>": 0, **{chr(65 + i): i + 1 for i in range(49)}},
                                       unk_token="<eos>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     for name, seed in (("student", 0), ("teacher", 1)):
         net = small_world.model(50, seed, hidden=32, layers=1)
         net.config.eos_token_id = net.generation_config.eos_token_id = 0
         with torch.no_grad():
             net.get_output_embeddings().weight.mul_(10)
-        net.save_pretrained(tmp_path / name)
-        tok.save_pretrained(tmp_path / name)
+        tiny(tmp_path / name, net, tok, scale=1)
     opd.main(["--student", str(tmp_path / "student"), "--teachers", str(tmp_path / "teacher"),
               "--out", str(tmp_path / "o"),
               "--prompts", str(prompts("p", [{"prompt": c} for c in "ABCDEFGH"])), "--steps", "150",
@@ -490,7 +497,6 @@ def test_random_student_reaches_its_teacher(tmp_path, prompts):
 
 def test_sampling_ignores_the_checkpoints_own_decoding_defaults(start, models, tmp_path):
     """A generation_config.json with top_k 1 would make every rollout greedy, silently off-policy."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     net = AutoModelForCausalLM.from_pretrained(models / "a")
     net.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
     net.save_pretrained(tmp_path / "greedy")
@@ -511,23 +517,23 @@ def test_sampler_log_probs_are_the_training_forwards(start):
     run = start(max_new_tokens=12)
     some = run.sample(run.student, [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS] * 4)
     assert len({len(r.ids_T) for r in some}) > 1
-    for r, lp_T in zip(some, opd.log_probs(run.student, some, run.cfg)):
+    lps = run.student.log_probs([r.prompt_ids for r in some], [r.ids_T for r in some], run.cfg.micro_tokens)
+    for r, lp_T in zip(some, lps):
         torch.testing.assert_close(r.logp_T, lp_T, rtol=1e-4, atol=1e-4)
     hot = start(temperature=2.0, top_p=0.5)
     for r in hot.sample(hot.student, [{"prompt": "rev abc>", "branch": "main"}] * 8):
-        lp_T = opd.log_probs(hot.student, [r], hot.cfg)[0]
+        lp_T = hot.student.log_probs([r.prompt_ids], [r.ids_T], hot.cfg.micro_tokens)[0]
         assert r.logp_T.isfinite().all() and not torch.allclose(r.logp_T, lp_T, atol=1e-2)
 
 
 def test_completions_end_at_their_first_stop_token_and_left_padding_is_harmless(start):
     run = start(max_new_tokens=20)
     prompts = [run.student.tok(row["prompt"]).input_ids for row in WORD_ROWS]
-    together = opd.generate(run.student, prompts, run.cfg, temperature=0)
+    together = run.complete(run.student, prompts, temperature=0)
     for prompt, (ids_T, _) in zip(prompts, together):
-        alone = opd.generate(run.student, [prompt], run.cfg, temperature=0)[0][0]
-        assert torch.equal(ids_T, alone)
+        assert torch.equal(ids_T, run.complete(run.student, [prompt], temperature=0)[0][0])
     torch.manual_seed(0)
-    for ids_T, logp_T in opd.generate(run.student, prompts * 8, run.cfg, temperature=1.5):
+    for ids_T, logp_T in run.complete(run.student, prompts * 8, temperature=1.5):
         assert all(i not in run.student.stops for i in ids_T[:-1].tolist()) and len(ids_T) == len(logp_T)
         assert ids_T[-1] in run.student.stops or len(ids_T) == 20
 
@@ -545,10 +551,10 @@ def test_rewards_belong_to_their_prompts(start, monkeypatch):
     rows = [{**row, "branch": "main", "grader": "exact"} for row in WORD_ROWS]
     answers = {tuple(run.student.tok(r["prompt"]).input_ids): r["answer"] for r in rows[:-1]}
 
-    def oracle(model, prompts, cfg, *how):
-        return [(torch.tensor(model.tok(answers.get(tuple(p), "wrong")).input_ids + model.stops), None)
-                for p in prompts]
-    monkeypatch.setattr(opd, "generate", oracle)
+    def oracle(prompts, *how):
+        return [(torch.tensor(run.student.tok(answers.get(tuple(p), "wrong")).input_ids + run.student.stops),
+                 None) for p in prompts]
+    monkeypatch.setattr(run.student, "generate", oracle)
     rewards = [(r.prompt["answer"], r.reward) for r in run.sample(run.student, rows)]
     assert rewards == [(row["answer"], float(row is not rows[-1])) for row in rows for _ in range(3)]
 
@@ -565,11 +571,28 @@ def test_every_epoch_shows_every_prompt_once(start, prompts):
     assert len({tuple(drawn[i:i + 5]) for i in range(0, 20, 5)}) > 1
 
 
-def test_start_check_notices_a_sampler_that_is_not_the_student(start):
+def hotter(student):
+    """A sampler at twice the temperature that it is asked for."""
+    generate = student.generate
+    return "generate", lambda prompts, temperature, *how: generate(prompts, 2 * temperature, *how)
+
+
+def leaky(student):
+    """A forward pass in which prompts see the padding of their batch."""
+    hidden_states = student.hidden_states
+    return "hidden_states", lambda prompts, completions: hidden_states(prompts, completions) * (
+        1 + 0.1 * len(prompts))
+
+
+@pytest.mark.parametrize("broken, expected", [
+    (hotter, "the rollouts are not on-policy"), (leaky, r"KL\(student, student\) = .* instead of 0")])
+def test_start_check_notices_a_sampler_that_is_not_the_student(start, monkeypatch, broken, expected):
+    """It stops the run before the first step and before anything is written."""
     run = start()
-    job = Job(run.student, run.teacher, rollouts(run), run.objective)        # their log-probs are invented
-    with pytest.raises(SystemExit, match="not on-policy"):
-        opd.check_start(run, job)
+    monkeypatch.setattr(run.student, *broken(run.student))
+    with pytest.raises(Refused, match=expected):
+        opd.train(run)
+    assert run.state["step"] == run.student.updates == 0 and not run.out.exists()
 
 
 def test_a_broken_gradient_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch):
@@ -581,7 +604,7 @@ def test_a_broken_gradient_stops_the_run_and_keeps_the_checkpoint(start, monkeyp
 
     run, update = start(steps=3, save_every=1, lr=1e-3), opd.update
     monkeypatch.setattr(opd, "update", poisoned)
-    with pytest.raises(SystemExit, match="norm nan; lower"):
+    with pytest.raises(Refused, match="norm nan; lower"):
         opd.train(run)
     resumed = start(steps=3, save_every=1, lr=1e-3, out=run.out, resume=True)
     assert resumed.state["step"] == 2 and parameters(resumed.student).isfinite().all()
@@ -593,5 +616,5 @@ def test_a_broken_teacher_stops_the_run(start, loss):
     run = start(loss=loss, method="opd")
     with torch.no_grad():
         run.teacher.head_VH[5] = math.nan
-    with pytest.raises(SystemExit, match="the loss is nan"):
+    with pytest.raises(Refused, match="the loss is nan"):
         opd.train(run)

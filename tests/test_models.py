@@ -8,18 +8,19 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import gradients, parameters
+from conftest import gradients, parameters, tiny
 from test_loop import accumulate, double, rollouts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import opd
 import models as loading
+import opd
+from config import Refused
 from data import scratch, small_world
-from lab import preflight
-from data.prompts import encode_completion, encode_prompt, end_of_turn
 from data.files import read_lines
+from lab import preflight
 from losses import Objective
-from methods import METHODS, Job, Rollout
+from methods import METHODS, Job
+from models import end_of_turn
 
 QUESTIONS = [{"prompt": f"What is {a} and {b}?", "answer": str(a + b), "solution": f"It is {a + b}.",
               "grader": "number"} for a in range(2, 5) for b in range(3, 5)]
@@ -33,12 +34,7 @@ def chat(tmp_path_factory):
     root = tmp_path_factory.mktemp("chat")
     tok = scratch.tokenizer([row["prompt"] + row["solution"] for row in QUESTIONS], 300)
     for name, seed, hidden, more in (("student", 0, 64, 24), ("teacher", 1, 128, 88)):
-        net = scratch.model(tok, seed, hidden, 2, more, positions=256)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.mul_(4 if parameter.ndim == 2 else 1)
-        net.save_pretrained(root / name)
-        tok.save_pretrained(root / name)
+        tiny(root / name, scratch.model(tok, seed, hidden, 2, more, positions=256), tok, scale=4)
     return root
 
 
@@ -95,9 +91,7 @@ def test_each_model_sees_its_own_prompt_and_both_score_the_same_tokens(
                        teachers=[copy(chat / "teacher", tmp_path / "t", teacher_template)]))
     heads = [len(model.net.get_output_embeddings().weight) for model in (run.student, run.teacher)]
     assert heads == [run.student.vocab + 24, run.student.vocab + 88]
-    job = Job(run.student, run.teacher, rollouts(run), Objective(divergence="rkl"))
-    for r, row in zip(job.rollouts, QUESTIONS):
-        r.prompt = {**row, "branch": "main"}
+    job = Job(run.student, run.teacher, rollouts(run, rows=QUESTIONS), Objective(divergence="rkl"))
     value = accumulate(run, [job])
     ours = gradients(run.student)
     run.student.net.zero_grad()
@@ -124,11 +118,13 @@ def test_the_end_of_a_turn_is_learned_and_ends_a_completion_even_where_it_is_not
     assert end_of_turn(run.student.tok) == turn == run.references(run.draw())[0].ids_T[-1]
     closed = run.references(run.draw())[:1]
     last = torch.zeros(len(closed[0].ids_T)).index_fill(0, torch.tensor(len(closed[0].ids_T) - 1), 1.0)
-    accumulate(run, [Job(run.student, None, closed, Objective(label="nll"), lambda job: [last])])
+    accumulate(run, [Job(run.student, None, closed, Objective(label="nll"), [last])])
     assert gradients(run.student).abs().max() > 1e-6
     base = AutoTokenizer.from_pretrained(chat / "student")
     base.chat_template = None
-    assert end_of_turn(base) is None and encode_completion(base, "It is 5.")[-1] == base.eos_token_id
+    run.student.tok = base
+    assert end_of_turn(base) is None
+    assert run.student.encode_completion("It is 5.")[-1] == base.eos_token_id
 
 
 def test_a_base_student_learns_to_stop_where_its_chat_teacher_stops(begin, chat, tmp_path):
@@ -153,11 +149,13 @@ def test_several_turns_system_prompts_and_thinking_render_as_the_template_says(b
             {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is 2 and 3?"}]
     run = begin(prompts=[prompts("talk", [{"prompt": talk}])], steps=1,
                 chat_template_kwargs='{"enable_thinking": false}')
-    ids = opd.rollout_prompt(run.student, Rollout({"prompt": talk}, torch.tensor([1])), run.cfg)
-    assert run.student.tok.decode(ids) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        "Hello.<|im_end|>\n<|im_start|>user\nWhat is 2 and 3?<|im_end|>\n<|im_start|>assistant\n"
-        "<think>\n\n</think>\n\n")
+    row, = run.prompts["main"]
+    sampled, = run.sample(run.student, [row])
+    for ids in (sampled.prompt_ids, sampled.teacher_ids, run.rollout(row, torch.tensor([1])).prompt_ids):
+        assert run.student.tok.decode(ids) == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nWhat is 2 and 3?<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n")
     opd.train(run)
 
 
@@ -169,7 +167,7 @@ def test_templates_that_do_not_say_what_they_are_given(begin, chat, tmp_path, te
     """The special token after an answer that is not there would be the first of the conversation."""
     folder = copy(chat / "student", tmp_path / "s", template)
     assert end_of_turn(AutoTokenizer.from_pretrained(folder)) is None
-    with pytest.raises(SystemExit, match=expected) if expected else contextlib.nullcontext():
+    with pytest.raises(Refused, match=expected) if expected else contextlib.nullcontext():
         begin(student=folder)
 
 
@@ -213,7 +211,7 @@ def test_a_teacher_may_know_more_tokens_and_the_student_may_not(begin, chat, tmp
     with torch.no_grad():
         run.teacher.head_VH[run.student.vocab] = 100 * run.teacher.head_VH[run.student.vocab - 1]
     opd.train(run)
-    with pytest.raises(SystemExit, match="'<tool>': .* / None"):
+    with pytest.raises(Refused, match="'<tool>': .* / None"):
         begin(student=folder, teachers=[chat / "teacher"])
 
 
@@ -230,7 +228,7 @@ def test_a_tokenizer_may_have_an_id_without_a_row_unless_a_prompt_uses_it(begin,
     run = begin(student=folders[0], teachers=[folders[1]])
     assert run.student.vocab == len(tok) - 1
     opd.train(run)
-    with pytest.raises(SystemExit, match="late.jsonl:1 has the token '<image>'.*has no row"):
+    with pytest.raises(Refused, match="late.jsonl:1 has the token '<image>'.*has no row"):
         begin(student=folders[0], teachers=[folders[1]], prompts=[prompts("late", [{"prompt": "<image> a"}])])
 
 
@@ -323,8 +321,7 @@ def test_a_new_adapter_changes_nothing_and_only_the_adapter_learns(lora, chat):
     before = {name: p.clone() for name, p in other.student.net.named_parameters()}
     for step in range(2):
         jobs = [Job(other.student, other.teacher, rollouts(other, step), other.objective)]
-        for job in jobs:
-            opd.score(job, other.cfg)
+        other.score(jobs)
         opd.update(other, jobs, opd.weigh(jobs))
     assert {p.dtype for name, p in before.items() if "lora_" in name or "norm" in name} == {torch.float32}
     assert {before[name].dtype for name in before if name.endswith("base_layer.weight")} == {torch.bfloat16}
@@ -344,7 +341,7 @@ def test_the_adapter_loads_in_peft_and_is_what_final_has_merged(lora, chat):
     torch.testing.assert_close(adapted, final, rtol=1e-4, atol=1e-4)
     assert (final - before).abs().max() > 1e-2
     assert not (run.out / "checkpoint" / "model.safetensors").exists()
-    with pytest.raises(SystemExit, match="is an adapter; give a merged model"):
+    with pytest.raises(Refused, match="is an adapter; give a merged model"):
         lora(student=run.out / "adapter")
 
 
@@ -376,13 +373,14 @@ def test_a_teacher_without_the_adapter_is_the_model_that_the_student_was(lora, c
         for name, p in run.student.net.named_parameters():
             if "lora_" in name:
                 p.normal_(std=0.1)
-    some = rollouts(run)
-    opd.score(Job(run.student, run.teacher, some, run.objective), run.cfg)
+    job = Job(run.student, run.teacher, rollouts(run), run.objective)
+    run.score([job])
     alone = lora(teachers=[chat / "student"], lora_rank=0)
-    expected = opd.log_probs(alone.teacher, some, alone.cfg)
-    for r, lq_T, lp_T in zip(some, expected, opd.log_probs(run.student, some, run.cfg)):
-        torch.testing.assert_close(r.gap_T, lq_T - lp_T, rtol=1e-4, atol=1e-5)
-        assert r.gap_T.abs().max() > 1e-3
+    seen = [r.prompt_ids for r in job.rollouts], [r.ids_T for r in job.rollouts], run.cfg.micro_tokens
+    lps, lqs = run.student.log_probs(*seen), alone.teacher.log_probs(*seen)
+    for gap_T, lp_T, lq_T in zip(job.gaps, lps, lqs, strict=True):
+        torch.testing.assert_close(gap_T, lq_T - lp_T, rtol=1e-4, atol=1e-5)
+        assert gap_T.abs().max() > 1e-3
 
 
 def test_without_peft_a_line_says_what_to_install(argv, monkeypatch):
@@ -395,11 +393,11 @@ def test_without_peft_a_line_says_what_to_install(argv, monkeypatch):
 
 def saved_bytes(run, job):
     """Bytes alive after a forward pass, for its backward."""
-    with preflight.Live(preflight.tensors(run.student.net)) as live:
-        prompts = [opd.rollout_prompt(run.student, r, run.cfg) for r in job.rollouts]
-        hidden = opd.completion_hidden(run.student, prompts, [r.ids_T for r in job.rollouts])
+    with preflight.Live(loading.tensors(run.student.net)) as live:
+        hidden_NH = run.student.hidden_states([r.prompt_ids for r in job.rollouts],
+                                              [r.ids_T for r in job.rollouts])
         alive = live.now
-        hidden.sum().backward()
+        hidden_NH.sum().backward()
     return alive
 
 
@@ -423,30 +421,30 @@ def test_sampling_and_scoring_do_not_pay_for_recomputed_layers(begin, monkeypatc
         *args, **{k: v for k, v in kwargs.items() if k not in ("use_reentrant", "preserve_rng_state")}))[1])
     run = begin(gradient_checkpointing=True, method="mopd", loss="pg")
     job = Job(run.student, run.teacher, run.sample(run.student, run.draw()), run.objective)
-    opd.score(job, run.cfg)
-    assert not called
+    run.score([job])
+    assert job.gaps[0] is not None and not called
     opd.update(run, [job], opd.weigh([job]))
     assert called
 
 
 @pytest.mark.parametrize("method", ["opd", "camopd", "seqkd", "kd"])
-def test_a_swapped_teacher_is_there_only_while_it_samples_and_scores(begin, monkeypatch, method):
+def test_an_offloaded_teacher_is_there_only_while_it_samples_and_scores(begin, monkeypatch, method):
     """Otherwise its weights and the student's activations would be on the card at the same time."""
-    here, present = set(), loading.Model.present
+    here, on_device = set(), loading.Model.on_device
 
     @contextlib.contextmanager
     def tracked(model):
-        with present(model):
+        with on_device(model):
             here.add(model.path)
             yield
             here.discard(model.path)
-    monkeypatch.setattr(loading.Model, "present", tracked)
+    monkeypatch.setattr(loading.Model, "on_device", tracked)
     ends = []
     for swap in (False, True):
         run = begin(method=method, lr=1e-3, **(dict(schedule="1") if method == "camopd" else {}))
         calls = []
         for model in (run.teacher, run.student):
-            run.teacher.swapped = swap
+            run.teacher.offloaded = swap
             model.body.register_forward_pre_hook(lambda *_, model=model: calls.append(
                 (model.path, run.teacher.path in here)))
         opd.train(run)
@@ -479,22 +477,35 @@ MEMORY = [dict(), dict(gradient_checkpointing=True), dict(dtype="bfloat16"), dic
           dict(loss="pg", method="mopd"), dict(method="opsd", self_teacher="ema"), "evaluation"]
 
 
+LONG = "one two three four five six seven eight nine ten " * 8
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """Folders s and t of models whose weights and activations take more than what is not counted."""
+    root, tok = tmp_path_factory.mktemp("larger"), scratch.tokenizer([LONG], 300)
+    for name, seed, hidden in (("s", 0, 192), ("t", 1, 256)):
+        scratch.model(tok, seed, hidden, 3).save_pretrained(root / name)
+        tok.save_pretrained(root / name)
+    return root
+
+
+def full_length(folder):
+    """Tokens of LONG and its end."""
+    return len(AutoTokenizer.from_pretrained(folder)(LONG).input_ids) + 1
+
+
 @pytest.mark.parametrize("flags", MEMORY, ids=str)
-def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prompts, monkeypatch, flags):
+def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompts, monkeypatch, flags):
     """Peaks of all live tensors in a real run on a CPU, in every phase, within a tenth of the prediction."""
     if "lora_rank" in flags:
         pytest.importorskip("peft", reason="optional: pip install peft")
-    text = "one two three four five six seven eight nine ten " * 8
     if flags == "evaluation":
-        flags = dict(eval_prompts=[prompts("eval", [{"prompt": text[:150], "answer": "four"}] * 48)])
-    tok = scratch.tokenizer([text], 300)
-    for name, seed, hidden in (("s", 0, 192), ("t", 1, 256)):
-        scratch.model(tok, seed, hidden, 3).save_pretrained(tmp_path / name)
-        tok.save_pretrained(tmp_path / name)
-    rows = [{"prompt": text[:150], "solution": text}] * 16
-    flags = dict(student=tmp_path / "s", teachers=[tmp_path / "t"], prompts=[prompts("long", rows)], steps=3,
-                 batch=16, max_new_tokens=len(encode_completion(tok, text)), micro_tokens=700) | flags
-    if not METHODS[flags.get("method", "opd")].teachers:
+        flags = dict(eval_prompts=[prompts("eval", [{"prompt": LONG[:150], "answer": "four"}] * 48)])
+    rows = [{"prompt": LONG[:150], "solution": LONG}] * 16
+    flags = dict(student=larger / "s", teachers=[larger / "t"], prompts=[prompts("long", rows)], steps=3,
+                 batch=16, max_new_tokens=full_length(larger / "s"), micro_tokens=700) | flags
+    if METHODS[flags.get("method", "opd")].teachers == "none":
         flags["teachers"] = []
     parts = preflight.memory(start(**flags, dry_run=True))
     predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) for phase in preflight.PHASES}
@@ -502,8 +513,9 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, tmp_path, prom
     run, measured = start(**flags), {}
     run.student.stops = [run.student.vocab - 1]                  # completions of full length
     models = [run.student, *preflight.distinct(run)]
-    known = [x for model in models for x in preflight.tensors(model.net)] + loading.averaged(run.student)
-    held = sum(map(preflight.weight_bytes, models)) + sum(x.nbytes for x in loading.averaged(run.student))
+    averages = loading.average_values(run.student)
+    known = [x for model in models for x in loading.tensors(model.net)] + averages
+    held = sum(map(preflight.weight_bytes, models)) + sum(x.nbytes for x in averages)
     monkeypatch.setattr("kernels.chunked._held", type("Empty", (), {})())
     with preflight.Live(known) as live:
         @contextlib.contextmanager
@@ -564,12 +576,14 @@ def test_the_preflight_counts_every_teacher_and_a_window_once(begin, chat, promp
     assert 0 < short == long < grown < more and preflight.UNKNOWN not in sizes[0]
 
 
-def test_a_dry_run_of_a_resumed_adapter_predicts_all(lora, argv, capsys):
+def test_a_dry_run_of_a_resumed_adapter_predicts_all_and_leaves_all(lora):
     run = lora(steps=2)
     opd.train(run)
-    lora(steps=3, out=run.out, resume=True, dry_run=True)
+    left = {path: path.stat().st_mtime_ns for path in run.out.rglob("*")}
     parts = preflight.memory(lora(steps=3, out=run.out, resume=True, dry_run=True))
-    assert not any(size == preflight.UNKNOWN for sizes in parts.values() for size in sizes.values())
+    assert {path: path.stat().st_mtime_ns for path in run.out.rglob("*")} == left
+    for sizes in parts.values():
+        assert preflight.UNKNOWN not in sizes.values()
 
 
 def test_how_long_a_student_may_write(begin, chat, tmp_path):
@@ -613,6 +627,6 @@ def test_public_sets_come_from_the_hub_with_their_splits(argv, chat, tmp_path, m
                                      prompts=["openai/gsm8k"], eval_prompts=["test=openai/gsm8k:test[:3]"])))
     assert len(run.prompts["main"]) == 6 and len(run.evals["test"]) == 3
     assert run.prompts["main"][0]["prompt"].startswith("train 0 and 1?") and os.path.exists(folder)
-    assert encode_prompt(run.student.tok, run.prompts["main"][0]["prompt"])
+    assert run.student.encode(run.prompts["main"][0]["prompt"])
     with pytest.raises(SystemExit, match="cannot load openai/gsm8k.*dev"):
         opd.main(argv(prompts=["openai/gsm8k:dev"]))

@@ -7,53 +7,66 @@ import torch
 from conftest import WORD_ROWS, gradients, parameters
 from test_data import SHARED
 from test_loop import accumulate, die_at, double
-
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import methods
 import opd
+from config import Refused
 from data import convert, scratch
-import models as data_models
-from methods.feedback import Templates, told
 from data.files import read_lines
 from data.graders import complaint
-from methods import advantages, cognizance_gaps, demonstrations, self_taught
+from methods import Rollout, opcod
+from methods.feedback import Templates, with_answer
+from methods.oneself import demonstrations, self_taught
+from methods.rewards import advantages
+from models import average_values, follow, offload
+
+
+@pytest.fixture(scope="session")
+def sure(models, tmp_path_factory):
+    """Models a and b, surer of what they write, and the words' rows with each one's likeliest token as answer."""
+    folder, rows = tmp_path_factory.mktemp("sure"), {}
+    for name in ("a", "b"):
+        tok, net = AutoTokenizer.from_pretrained(models / name), AutoModelForCausalLM.from_pretrained(models / name)
+        with torch.no_grad():
+            net.model.norm.weight.mul_(4)
+            likeliest = [net(torch.tensor([tok(r["prompt"]).input_ids])).logits[0, -1].argmax() for r in WORD_ROWS]
+        answers = [tok.decode(i, skip_special_tokens=True) for i in likeliest]
+        rows[name] = [r | {"answer": answer, "solution": answer} for r, answer in zip(WORD_ROWS, answers)]
+        net.save_pretrained(folder / name)
+        tok.save_pretrained(folder / name)
+    return folder, rows
 
 
 @pytest.fixture
-def solvable(start, models, prompts, tmp_path):
-    """start(..) on prompts that tiny random models often get right: answers are their likeliest tokens."""
-    answers = {}
-    for name in ("a", "b"):
-        net = AutoModelForCausalLM.from_pretrained(models / name)
-        with torch.no_grad():
-            net.model.norm.weight.mul_(4)                        # surer of it than `models` are
-        net.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(models / name).save_pretrained(tmp_path / name)
-        run = start(student=tmp_path / name, method="grpo", max_new_tokens=1)
-        written = run.sample(run.student, [{"prompt": r["prompt"]} for r in WORD_ROWS], n=1, temperature=0)
-        answers[name] = [r | {"answer": w.text, "solution": w.text} for r, w in zip(WORD_ROWS, written)]
-    common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
-    pair = lambda name: [f"{branch}={prompts('solvable' + name + branch, answers[of])}"
+def solvable(start, sure, prompts):
+    """start(..) on prompts that tiny random models often get right."""
+    folder, rows = sure
+    pair = lambda name: [f"{branch}={prompts('solvable' + name + branch, rows[of])}"
                          for branch, of in (("words", "a"), ("more", "b"))]
-    both = dict(method="opcod", student=[tmp_path / "a", tmp_path / "b"], prompts=pair("train"),
+    common = dict(max_new_tokens=1, lr=1e-3, batch=4, steps=4)
+    both = dict(method="opcod", student=[folder / "a", folder / "b"], prompts=pair("train"),
                 val_prompts=pair("val"), rounds=2, feedback_tokens=2)
-    alone = dict(student=tmp_path / "a", prompts=[prompts("solvable", answers["a"])])
+    alone = dict(student=folder / "a", prompts=[prompts("solvable", rows["a"])])
     return lambda **flags: start(**common | (both if flags.get("method") == "opcod" else alone) | flags)
 
 
 def some(run, rewards, prompt=0):
     """A rollout of each reward for one prompt, of different lengths, with texts of their own."""
     g, row = torch.Generator().manual_seed(prompt), WORD_ROWS[prompt] | {"branch": "main", "row": prompt}
-    return [methods.Rollout(row, torch.randint(3, run.student.vocab, (1 + i % 3,), generator=g),
-                            torch.zeros(1 + i % 3), text=f"text {prompt} {i}", reward=float(reward))
+    return [Rollout(row, torch.randint(3, run.student.vocab, (1 + i % 3,), generator=g), *run.views(row),
+                    torch.zeros(1 + i % 3), f"text {prompt} {i}", float(reward))
             for i, reward in enumerate(rewards)]
+
+
+def sees(rollouts):
+    """What the self-teacher sees in place of each rollout's prompt; None where it is told nothing."""
+    return [r.notes.get("teacher_sees") for r in rollouts]
 
 
 def log_probs_by_hand(model, prompt, ids_T, vocab):
     """log p [T, V] of a completion after a prompt (text), from the logits of transformers itself."""
     prompt = model.tok(prompt).input_ids
-    with model.present():
+    with model.on_device():
         logits = model.net(torch.tensor(prompt + ids_T.tolist())[None]).logits[0]
     return torch.log_softmax(logits[len(prompt) - 1:-1, :vocab], -1)
 
@@ -62,20 +75,22 @@ def log_probs_by_hand(model, prompt, ids_T, vocab):
 
 def test_group_advantages_are_relative_to_their_own_prompt():
     rows = [{"branch": b, "row": 1} for b in ("x", "y")]
-    rollouts = [methods.Rollout(rows[i % 2], None, reward=r) for i, r in enumerate((1, 1, 0, 1, 0, 1))]
-    kept = 3 / 6                                                 # what the loop's mean over kept ones undoes
-    assert advantages(rollouts) == pytest.approx([2 / 3 * kept, 0, -1 / 3 * kept, 0, -1 / 3 * kept, 0])
+    rollouts = [Rollout(rows[i % 2], None, [], [], reward=r) for i, r in enumerate((1, 1, 0, 1, 0, 1))]
+    assert advantages(rollouts) == pytest.approx([2 / 3, 0, -1 / 3, 0, -1 / 3, 0])
 
 
 def test_grpo_gradient_is_its_definition(start):
     """Mean over all rollouts, those without advantage too; importance weights are cut at the cap."""
     run = double(start(method="grpo"))
     rollouts = some(run, (1, 0, 0, 1), 0) + some(run, (1, 1), 1)
+    for r in rollouts[4:]:
+        r.prompt = r.prompt | {"branch": "other"}                # n counts the rollouts of all branches
     g = torch.Generator().manual_seed(0)
     for r in rollouts:
         lp_TV = log_probs_by_hand(run.student, r.prompt["prompt"], r.ids_T, run.student.vocab)
         r.logp_T = lp_TV.gather(1, r.ids_T[:, None])[:, 0].detach() + torch.randn(len(r.ids_T), generator=g)
-    value = accumulate(run, methods.jobs_by_branch(run, run.student, None, rollouts, advantages(rollouts)))
+    run.sample = lambda model, prompts: rollouts
+    value = accumulate(run, next(run.jobs()))
     ours, loss, ratios = gradients(run.student), 0.0, []
     run.student.net.zero_grad()
     for r in rollouts:
@@ -118,7 +133,7 @@ def test_star_learns_the_plain_prompt_from_answers_written_with_the_hint(solvabl
     real = run.sample
     monkeypatch.setattr(run, "sample", lambda model, prompts, **how: (
         asked.append((model, [p["prompt"] for p in prompts])), real(model, prompts, **how))[1])
-    steps, seen = methods.star(run), []
+    steps, seen = run.jobs(), []
     for _ in range(3):
         jobs = next(steps)
         for job in jobs:
@@ -137,12 +152,12 @@ def test_star_learns_the_plain_prompt_from_answers_written_with_the_hint(solvabl
 def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(start):
     run = start(method="sdpo")
     rollouts = some(run, (0, 1, 0, 1), 0) + some(run, (0, 1), 1) + some(run, (0, 0), 2)
-    assert demonstrations(rollouts) == ["text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None,
-                                             None, None]
+    assert demonstrations(rollouts) == [
+        "text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None, None, None]
     assert opd.solved(rollouts) == 2 / 3
 
 
-@pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
+@pytest.mark.parametrize("kind", ["live", "frozen", "ema", "snapshot"])
 def test_gradient_of_self_distillation_is_its_definition(start, kind):
     """JSD(p(. | x) || sg q(. | x, s)), q the student as it is, was, or is on average, of the informed."""
     run = double(start(method="sdpo", self_teacher=kind, top_k=1000, micro_tokens=20))
@@ -155,12 +170,12 @@ def test_gradient_of_self_distillation_is_its_definition(start, kind):
         for p in run.student.net.parameters():
             p.mul_(1.05)
     if kind == "ema":
-        data_models.follow(run.student.average, 0.5)
+        follow(run.student.average, 0.5)
     rollouts = some(run, (0, 1, 0), 0) + some(run, (0, 0), 1)
     jobs = self_taught(run, run.student, rollouts, demonstrations(rollouts))
-    sees = "text 0 1=rev abc>"
-    assert [r.teacher_prompt for r in rollouts] == [sees, None, sees, None, None]
-    value, ours = accumulate(run, jobs), None
+    seen = "text 0 1=rev abc>"
+    assert sees(rollouts) == [seen, None, seen, None, None]
+    value = accumulate(run, jobs)
     ours = gradients(run.student)
     run.student.net.zero_grad()
     if kind == "live":
@@ -172,7 +187,8 @@ def test_gradient_of_self_distillation_is_its_definition(start, kind):
     loss = 0.0
     for r in (rollouts[0], rollouts[2]):
         lp = log_probs_by_hand(run.student, r.prompt["prompt"], r.ids_T, run.student.vocab)
-        prompt = run.student.tok(r.teacher_prompt).input_ids
+        prompt = run.student.tok(seen).input_ids
+        assert r.teacher_ids == prompt and r.prompt_ids == run.student.tok("rev abc>").input_ids
         w = before(torch.tensor(prompt + r.ids_T.tolist())[None]).logits[0, len(prompt) - 1:-1]
         lq = torch.log_softmax(w[:, :run.student.vocab], -1).detach()
         lm = torch.log((lp.exp() + lq.exp()) / 2)
@@ -199,9 +215,9 @@ def test_environment_speaks_only_where_no_demonstration_does(start):
     for r in rollouts:
         r.prompt |= {"grader": "letter_tag"}
     run.sample = lambda model, prompts: rollouts
-    next(methods.sdpo(run))
+    next(run.jobs())
     ungradable = complaint("letter_tag", "") + "="
-    assert [r.teacher_prompt for r in rollouts] == [
+    assert sees(rollouts) == [
         f"{ungradable}rev abc>", "text 0 0=rev abc>", *[f"{ungradable}copy hello>"] * 2]
 
 
@@ -209,43 +225,47 @@ def test_environment_can_be_silent(start, prompts):
     rows = [r | {"grader": "letter_tag", "answer": "A"} for r in WORD_ROWS]
     for flags, informed in ((dict(), True), (dict(no_environment=True), False)):
         run = start(method="sdpo", prompts=[prompts("tags", rows)], max_new_tokens=2, **flags)
-        jobs = next(methods.sdpo(run))
-        sees = [r.teacher_prompt for job in jobs for r in job.rollouts]
-        assert all((prompt is not None and "graded" in prompt) == informed for prompt in sees)
+        job, = next(run.jobs())
+        assert all((seen is not None and "graded" in seen) == informed for seen in sees(job.rollouts))
 
 
 def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
     run = start(method="opsd")
-    job, = next(methods.opsd(run))
-    assert job.teacher is not job.student and run.cfg.support == "full" and run.cfg.loss == "jsd"
+    job, = next(run.jobs())
+    assert job.teacher is not job.learner and run.cfg.support == "full" and run.cfg.loss == "jsd"
     for r in job.rollouts:
-        assert r.teacher_prompt == f"{r.prompt['solution']}={r.prompt['prompt']}"
-        assert opd.rollout_prompt(run.student, r, run.cfg) == run.student.tok(r.prompt["prompt"]).input_ids
+        seen = f"{r.prompt['solution']}={r.prompt['prompt']}"
+        assert sees([r]) == [seen] and r.teacher_ids == run.student.tok(seen).input_ids
+        assert r.prompt_ids == run.student.tok(r.prompt["prompt"]).input_ids
 
 
-@pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("kind", ["frozen", "ema", "live", "snapshot"])
 def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
-    """Frozen: the network without its adapter; ema: a second adapter. All start as the student."""
+    """Frozen: the network without its adapter; ema, snapshot: a second adapter. All start as the student."""
     pytest.importorskip("peft", reason="optional: pip install peft")
     run = start(method="opsd", self_teacher=kind, lora_rank=4, lr=1e-2, steps=3)
     teacher = run.self_teacher(run.student)
     assert teacher.net is run.student.net
     kept = sum(value.numel() for value in teacher.values.values())
     adapter = sum(p.numel() for p in run.student.net.parameters() if p.requires_grad)
-    assert kept == {"frozen": 0, "ema": adapter, "live": 0}[kind] and 0 < adapter
+    assert kept == {"frozen": 0, "ema": adapter, "live": 0, "snapshot": adapter}[kind] and 0 < adapter
 
     def states(model):
-        with torch.no_grad(), model.present():
-            return model.hidden(torch.arange(3, 12)[None])
+        with torch.no_grad(), model.on_device():
+            return model.last_hidden(torch.arange(3, 12)[None])
 
     before = states(run.student)
     assert torch.equal(states(teacher), before)
     after = {}
-    run.save_final = lambda: after.update(student=states(run.student), teacher=states(teacher))
+    run.finish = lambda: after.update(student=states(run.student), teacher=states(teacher))
     opd.train(run)
     moved = lambda name: (after[name] - before).abs().max().item()
-    assert {"frozen": moved("teacher") == 0, "ema": 0 < moved("teacher") < moved("student"),
-            "live": 0 < moved("teacher") == moved("student")}[kind]
+    assert {"frozen": moved("teacher") == 0 < moved("student"), "ema": 0 < moved("teacher") < moved("student"),
+            "live": 0 < moved("teacher") == moved("student"),
+            "snapshot": moved("teacher") == 0 < moved("student")}[kind]     # nobody has renewed it
+    if kind == "snapshot":
+        run.refresh(teacher)
+        torch.testing.assert_close(states(teacher), after["student"])
 
 
 def test_average_follows_the_student_and_leaves_it_alone(solvable, monkeypatch):
@@ -262,7 +282,7 @@ def test_average_follows_the_student_and_leaves_it_alone(solvable, monkeypatch):
     assert len(states) == 3 and not torch.equal(states[0], states[-1])
     assert torch.allclose(values, expected, atol=1e-6)
     student = parameters(run.student).clone()
-    with pytest.raises(KeyError), average.present():
+    with pytest.raises(KeyError), average.on_device():
         assert torch.equal(parameters(average), values)          # one network, two sets of values
         raise KeyError
     assert torch.equal(parameters(run.student), student)
@@ -275,51 +295,52 @@ def test_average_follows_the_student_and_leaves_it_alone(solvable, monkeypatch):
     (((65.1, 48.1), (56.0, 51.6)), (0.068, 0.140)), (((56.3, 56.1), (37.6, 65.1)), (0.138, 0.332)),
     (((0.5, 0.0), (0.25, 0.0)), (0.0, 0.5))])                    # nobody is ahead where nobody knows anything
 def test_cognizance_gaps(scores, gaps):
-    assert cognizance_gaps([dict(zip("AB", s)) for s in scores]) == pytest.approx(gaps, abs=6e-4)
+    assert opcod.cognizance_gaps([dict(zip("AB", s)) for s in scores]) == pytest.approx(gaps, abs=6e-4)
 
 
 @pytest.mark.parametrize("gate, expected", [
     ("cognizance", {"words": False, "more": False}), ("always", {"words": True, "more": True}),
     ("never", {"words": False, "more": False}), ("selective", {"words": True, "more": False})])
-def test_gate_decides_who_speaks(gate, expected):
+def test_gate_decides_who_may_tutor(gate, expected):
     """The first student is too far behind on `more`; the second, within tau, always has the gate's word."""
     seen = {"scores": [{"words": 0.9, "more": 0.3}, {"words": 0.8, "more": 0.6}], "cognizant": [False, True]}
-    assert {domain: methods.speaks(gate, seen, 0, domain) for domain in ("words", "more")} == expected
-    assert methods.speaks(gate, seen, 1, "words") == (gate != "never")
+    assert {domain: opcod.may_tutor(gate, seen, 0, domain) for domain in ("words", "more")} == expected
+    assert opcod.may_tutor(gate, seen, 1, "words") == (gate != "never")
 
 
 def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, monkeypatch):
     """K updates of student 1, then K of student 2, per round; a tutor and its optimizer do not change."""
     run, order = solvable(method="opcod", steps=4, rounds=2, gate="always", warmup=3), []
 
-    def write(tutor, prompts):
+    def write(run, tutor, prompts, most):
         i = run.students.index(tutor)                            # the student itself, not its average
-        assert all(p.endswith(f">{run.branches[i]} to {run.branches[1 - i]}") for p in prompts)
-        return [(f"<concept>{'rev' if 'rev' in p else 'zebra'}</concept>1", True) for p in prompts]
+        texts = [tutor.tok.decode(ids) for ids in prompts]
+        assert all(text.endswith(f">{run.branches[i]} to {run.branches[1 - i]}") for text in texts)
+        return [(f"<concept>{'rev' if 'rev' in text else 'zebra'}</concept>1", True) for text in texts]
 
-    monkeypatch.setattr(run, "write", write)
+    monkeypatch.setattr(opcod, "write", write)
     real = opd.update
 
     def update(run, jobs, weights):
-        tutee = jobs[0].student
+        tutee = jobs[0].learner
         tutor, = [s for s in run.students if s is not tutee]
         before = parameters(tutor).clone()
         stats = real(run, jobs, weights)
         assert torch.equal(before, parameters(tutor)) and not tutor.net.training
         order.append(run.students.index(tutee))
         for job in jobs:
-            assert job.student is tutee and job.teacher is tutee.average
+            assert job.learner is tutee and job.teacher is tutee.average
             for r, w in zip(job.rollouts, job.weights):
                 others = [o.text for o in job.rollouts if o.reward == 1 and o is not r
                           and o.prompt["row"] == r.prompt["row"]]
                 s, f = others[0] + "=" if others else "", "1+" if "rev" in r.prompt["prompt"] else ""
-                assert r.teacher_prompt == ((s + f + r.prompt["prompt"]) if s or f else None)
+                assert sees([r]) == [(s + f + r.prompt["prompt"]) if s or f else None]
                 assert w == float(bool(s or f))
         return stats
 
     monkeypatch.setattr(opd, "update", update)
     opd.train(run)
-    assert order == [0, 0, 1, 1, 0, 0, 1, 1] and run.state["updates"] == [4, 4]
+    assert order == [0, 0, 1, 1, 0, 0, 1, 1] and [s.updates for s in run.students] == [4, 4]
     assert [len(o.state) > 0 for s in run.students for o in s.optimizers] == [True, True]
     lines = [line for line in read_lines(run.out / "metrics.jsonl") if line["step"] >= 0]
     assert [line["step"] for line in lines if "gate" in line] == [0, 4]
@@ -336,33 +357,37 @@ def test_opcod_phases_frozen_tutors_and_what_the_self_teacher_sees(solvable, mon
 
 
 def test_a_tutor_writes_as_it_is_asked_to(start, monkeypatch):
-    """At the rollouts' temperature, within --feedback_tokens; half sentences go."""
-    run, asked = start(method="opcod", temperature=0.7, feedback_tokens=5), []
-    run.complete = lambda model, prompts, temperature, **how: (
-        asked.append((model, temperature, how)), [(torch.tensor([3, run.student.stops[0]]), None),
-                                                  (torch.tensor([3, 4]), None)])[1]
-    texts = run.write(run.students[1], ["a", "b"])
-    assert asked == [(run.students[1], 0.7, {"max_new_tokens": 5})] and run.notes["feedback_tokens"] == 4
-    assert [finished for _, finished in texts] == [True, False]
+    """At the rollouts' temperature and top_p, within --feedback_tokens; half sentences go."""
+    run, asked = start(method="opcod", temperature=0.7, top_p=0.9, feedback_tokens=5), []
+    tutor = run.students[1]
+    tutor.generate = lambda prompts, temperature, top_p, max_new_tokens, batch: (
+        asked.append((prompts, temperature, top_p, max_new_tokens)),
+        [(torch.tensor([3, tutor.stops[0]]), None), (torch.tensor([3, 4]), None)])[1]
+    texts = opcod.write(run, tutor, [[5], [6]], 5)
+    assert asked == [([[5], [6]], 0.7, 0.9, 5)] and run.notes["feedback_tokens"] == 4
+    assert texts == [(tutor.tok.decode([3]), True), (tutor.tok.decode([3, 4]), False)]
+    assert opcod.write(run, tutor, [], 5) == [] and len(asked) == 1
     rollouts = some(run, (0, 0))
-    said = "<concept>rev</concept>One two. Three"
-    run.write = lambda tutor, prompts: [(said, True), (said, False)]
-    heard = methods.feedback(run, *run.students, rollouts)
-    assert heard == ["One two. Three", "One two."]
-    assert [r.feedback for r in rollouts] == [(said, "kept")] * 2
+    said, most = "<concept>rev</concept>One two. Three", []
+    monkeypatch.setattr(opcod, "write", lambda run, tutor, prompts, tokens: (
+        most.append(tokens), [(said, True), (said, False)])[1])
+    heard = opcod.feedback(run, *run.students, rollouts)
+    assert heard == ["One two. Three", "One two."] and most == [5]
+    assert [r.notes["feedback"] for r in rollouts] == [(said, "kept")] * 2
 
 
-def test_what_has_no_room_is_not_read(start):
+def test_what_has_no_room_is_not_read(start, monkeypatch):
     """Decoded text may have more tokens when it is read: no feedback, no demonstration, no crash."""
     run = start(method="opcod")
     long, short = "a" * 200, "a"
     rollouts = some(run, (0, 1))
     rollouts[0].text = long
-    run.write = lambda tutor, prompts: [("<concept>rev</concept>1", True) for _ in prompts]
-    assert methods.feedback(run, *run.students, rollouts) == [None, "1"]
+    monkeypatch.setattr(opcod, "write", lambda run, tutor, prompts, most: [
+        ("<concept>rev</concept>1", True) for _ in prompts])
+    assert opcod.feedback(run, *run.students, rollouts) == [None, "1"]
     assert run.notes["feedback"] == {"too_long": 1, "kept": 1}
     job, = self_taught(run, run.student, rollouts, [long, short])
-    assert [r.teacher_prompt for r in rollouts] == [None, "a=rev abc>"] and job.weights == [0.0, 1.0]
+    assert sees(rollouts) == [None, "a=rev abc>"] and job.weights == [0.0, 1.0]
 
 
 def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
@@ -373,23 +398,25 @@ def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
     torch.manual_seed(1)
     expected, tokens = torch.rand(8).tolist(), run.state["sampled_tokens"]
     torch.manual_seed(1)
-    pairs = [(run.validate(run.student), torch.rand(1).item()) for _ in range(8)]
-    assert counts == [15, 15] * 8 and list(run.clock) == ["gate"] and run.state["sampled_tokens"] == tokens
+    pairs = [(opcod.cognizance(run, 0.2, "never", 0)["scores"], torch.rand(1).item()) for _ in range(8)]
+    assert counts == [15, 15] * 2 * 8 and list(run.clock) == ["gate"] and run.state["sampled_tokens"] == tokens
     assert [x for _, x in pairs] == expected                     # as if nothing had been measured
     assert all(scores == pairs[0][0] for scores, _ in pairs)     # each time with the same randomness
 
 
 def test_break_rates_are_in_the_order_of_the_tutors(start, monkeypatch):
-    run = start(method="opcod", break_prompts=2)
-    monkeypatch.setattr(run, "validate", lambda student: dict.fromkeys(run.branches, 0.5))
-    monkeypatch.setattr(methods, "broken", lambda run, tutor, tutee: [run.students.index(tutor),
-                                                                      run.students.index(tutee)])
-    assert methods.cognizance(run)["broken"] == [[0, 1], [1, 0]]
+    run = start(method="opcod")
+    run.scores = lambda student, *how: dict.fromkeys(run.branches, 0.5)
+    monkeypatch.setattr(opcod, "broken", lambda run, tutor, tutee, count: [
+        run.students.index(tutor), run.students.index(tutee), count])
+    assert opcod.cognizance(run, 0.2, "never", 2)["broken"] == [[0, 1, 2], [1, 0, 2]]
+    assert "broken" not in opcod.cognizance(run, 0.2, "never", 0)
 
 
 def test_an_incognizant_tutor_is_not_even_asked(solvable, monkeypatch):
     run = solvable(method="opcod", gate="never", break_prompts=0)
-    monkeypatch.setattr(run, "write", lambda tutor, prompts: [] if not prompts else pytest.fail("asked"))
+    monkeypatch.setattr(opcod, "write", lambda run, tutor, prompts, most: (
+        pytest.fail("asked") if prompts else []))
     opd.train(run)
 
 
@@ -422,11 +449,11 @@ def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at, rank):
         opd.train(cut)
     monkeypatch.undo()
     resumed = solvable(**flags, out=cut.out, resume=True)
-    assert resumed.state["step"] == died_at == sum(resumed.state["updates"])
+    assert resumed.state["step"] == died_at == sum(student.updates for student in resumed.students)
     opd.train(resumed)
     for old, new in zip(whole.students, resumed.students):
         assert torch.equal(parameters(old), parameters(new))
-        averages = zip(*map(data_models.averaged, (old, new)), strict=True)
+        averages = zip(*map(average_values, (old, new)), strict=True)
         assert all(torch.equal(a, b) for a, b in averages)
     lines = [[{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
               for line in read_lines(run.out / "metrics.jsonl")] for run in (whole, resumed)]
@@ -438,15 +465,15 @@ def test_resting_students_compute_the_same(solvable, monkeypatch):
     plain, swapped = (solvable(method="opcod", rounds=2, tau=5) for _ in range(2))
     swapped.cfg.teacher_device = "swap"
     for student in swapped.students:
-        data_models.rest(student)
+        offload(student)
     opd.train(plain), opd.train(swapped)
-    assert [s.swapped for s in swapped.students] == [True, False]          # the second had the last turn
+    assert [s.offloaded for s in swapped.students] == [True, False]          # the second had the last turn
     for old, new in zip(plain.students, swapped.students):
         assert torch.equal(parameters(old), parameters(new))
     moved, to = [], torch.Tensor.to                              # a CPU has nowhere else to go
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *where: (moved.append(x.data_ptr()), to(x, *where))[1])
     student = plain.students[0]
-    data_models.rest(student)
+    offload(student)
     states = [x for o in student.optimizers for state in o.state.values() for x in state.values()]
     assert states and {x.data_ptr() for x in [*states, *student.net.parameters()]} <= set(moved)
 
@@ -457,7 +484,7 @@ def test_students_in_turn_on_a_gpu(solvable):
     values = []
     for flags in (dict(), dict(teacher_device="swap")):
         run = solvable(method="opcod", device="cuda", dtype="float32", tau=5, **flags)
-        run.save_final = lambda: None
+        run.finish = lambda: None
         opd.train(run)
         places = [{x.device.type for x in s.net.parameters()} | {
             x.device.type for o in s.optimizers for state in o.state.values() for x in state.values()
@@ -468,7 +495,7 @@ def test_students_in_turn_on_a_gpu(solvable):
 
 
 def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, monkeypatch):
-    run = solvable(method="opcod", break_prompts=5)
+    run = solvable(method="opcod")
     first, second = run.students
     real, asked, correct = run.sample, [], []
     poisoned = lambda p: p["prompt"].startswith("1+") or "=1+" in p["prompt"]
@@ -484,11 +511,11 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
         return rollouts
 
     monkeypatch.setattr(run, "sample", sample)
-    monkeypatch.setattr(run, "write", lambda tutor, prompts: [
+    monkeypatch.setattr(opcod, "write", lambda run, tutor, prompts, most: [
         (f"<concept>{p.split()[0]}</concept>{1 if p[0] in 'rs' else 2}" if p[0] in "rsl" else "nothing", True)
-        for p in prompts])
+        for p in map(tutor.tok.decode, prompts)])
     run.notes = {"tutee": 2}
-    found = methods.broken(run, first, second)
+    found = opcod.broken(run, first, second, 5)
     assert found["correct"] == len(correct) == len(asked[0])     # of those whose feedback is kept
     assert any("=" in prompt for prompt in asked[1])             # the control has its demonstrations
     assert asked[1] == [prompt.replace("1+", "").replace("2+", "") for prompt in asked[0]]
@@ -503,8 +530,8 @@ def test_break_rate_counts_correct_rollouts_that_feedback_turns_wrong(solvable, 
     (dict(teachers=["a"]), "--teachers has no effect"),
     (dict(method="sdpo", student=["a", "b"]), "has one student"),
     (dict(method="opd", teachers=["a"], tau=0.3, val_prompts=[]), "--tau has no effect on --method opd"),
-    (dict(gate_rollouts=4), "--gate_rollouts 4 has no effect at --eval_temperature 0"),
-    (dict(self_teacher="frozen", ema_rate=0.1), "--ema_rate has no effect on --self_teacher frozen"),
+    (dict(gate_rollouts=4), "--gate_rollouts has no effect without an --eval_temperature above 0"),
+    (dict(self_teacher="frozen", ema_rate=0.1), "--ema_rate has no effect without --self_teacher ema"),
     (dict(templates="none.json"), "none.json"), (dict(loss="akl"), "akl needs the full vocabulary")])
 def test_bad_pairs_are_refused_in_one_line(argv, prompts, flags, message):
     prompts("words")
@@ -549,12 +576,12 @@ def test_solutions_that_no_one_reads_do_not_matter(start, prompts, row):
 def test_another_experiment_is_not_resumed(solvable, prompts):
     """Templates and validation prompts are compared by what they say."""
     run = solvable(method="opcod")
-    run.begin(), run.save()
+    run.begin(), run.folder.save(run.learners, run.state)
     for path, old, new in ((run.cfg.templates, "+", "-"), (run.cfg.val_prompts["more"], "rev", "rev a")):
         text = open(path).read()
         with open(path, "w") as file:
             file.write(text.replace(old, new, 1))
-        with pytest.raises(SystemExit, match="--resume with another prompts_sha256"):
+        with pytest.raises(Refused, match="--resume with another prompts_sha256"):
             opd.Run(run.cfg.__class__(**vars(run.cfg) | {"resume": True}))
         with open(path, "w") as file:
             file.write(text)
@@ -575,7 +602,7 @@ def test_the_paths_of_the_recipe_on_real_physics(tmp_path):
     rows = {part: read_lines(tmp_path / f"physics_{part}.jsonl") for part in ("train", "val")}
     short = sorted(rows["train"], key=lambda r: len(r["prompt"][1]["content"]))[:60]
     answered = [r | {"solution": f"<answer>\n{r['answer']}\n</answer>"} for r in short]
-    hinted = [r | {"prompt": told(r["prompt"], Templates(), r["answer"])} for r in answered]
+    hinted = [r | {"prompt": with_answer(r["prompt"], Templates(), r["answer"])} for r in answered]
     files = {"form": answered[::2] + hinted[1::2], "physics": short[:30], "more": short[30:],
              "val": rows["val"][:8]}
     for name, lines in files.items():

@@ -1,0 +1,290 @@
+"""The protocol between methods and the loop, and the methods that no other file tests."""
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORD_ROWS, gradients, parameters
+
+import methods
+import opd
+from config import Refused
+from data.files import read_lines
+from losses import LOSSES, Objective
+from methods import METHODS, Job, any_divergence, method
+
+ROOT = Path(__file__).parent.parent
+PAIRS = [{"prompt": "rev abc>", "chosen": "cba", "rejected": "abc"},
+         {"prompt": "last q>", "chosen": "q", "rejected": "xy"}]
+
+GRADED = [{key: row[key] for key in ("prompt", "answer")} for row in WORD_ROWS]
+
+
+def lines_of(run):
+    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
+
+
+# ---- rooms -------------------------------------------------------------------------------------------------
+
+FLOORS = ["losses", "kernels", "config", "models", "data", "methods", "lab", "opd"]      # each uses lower ones
+FILES = [path for room in FLOORS for path in (ROOT / f"{room}.py", *(ROOT / room).glob("*.py")) if path.exists()]
+
+
+def test_imports_only_point_down():
+    """A room that reaches up cannot be read, or used, without what is above it."""
+    found = 0
+    for path in FILES:
+        room = path.stem if path.parent == ROOT else path.parent.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else [])
+            for name in {name.split(".")[0] for name in names} & set(FLOORS) - {room}:
+                found += 1
+                assert FLOORS.index(name) < FLOORS.index(room), f"{path.relative_to(ROOT)} imports {name}"
+    assert found > 20
+    for path in ROOT.glob("kernels/*.py"):
+        assert not {"config", "models", "data"} & {
+            word for line in path.read_text().splitlines() if line.startswith(("from ", "import "))
+            for word in line.split()}, f"{path} does not import alone"
+
+
+def test_nobody_asks_which_method_runs():
+    for path in FILES:
+        assert "cfg.method ==" not in path.read_text(), path
+
+
+def test_training_works_without_the_lab(tmp_path, argv):
+    """lab/ looks at runs or arranges them: a copy of the project without it trains."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "lab", "runs", "tests", "__pycache__"))
+    words = argv(steps=1)
+    program = lambda *more: subprocess.run([sys.executable, "opd.py", *words, *more], cwd=copy, text=True,
+                                           capture_output=True)
+    dry = program("--dry_run")
+    assert dry.returncode == 1 and "--dry_run needs lab/preflight.py" in dry.stderr, dry.stderr
+    done = program()
+    out = Path(words[words.index("--out") + 1])
+    assert done.returncode == 0 and (out / "final" / "config.json").exists(), done.stderr
+    assert not (out / "report.md").exists()
+
+
+# ---- flags of a method -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def registered():
+    """Methods that a test registers are gone after it."""
+    known = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(known)
+
+
+def test_a_methods_keyword_arguments_are_its_flags(registered, start):
+    """Name, default, type and help come from the generator; other methods refuse the flag."""
+    seen = []
+
+    @method(losses=any_divergence("rkl"), teachers="one", defaults=dict(rollouts=1))
+    def patient(run, *, patience: int = 3):
+        """Wait.
+
+        patience    how long to wait,
+                    in steps
+        """
+        for step in run.steps():
+            seen.append(patience)
+            yield [Job(run.student, run.teacher, run.sample(run.student, run.draw()), run.objective)]
+
+    assert METHODS["patient"].own["patience"].about == "how long to wait, in steps"
+    opd.train(start(method="patient", patience=5, steps=1))
+    opd.train(start(method="patient", steps=1))
+    assert seen == [5, 3]
+    with pytest.raises(Refused, match="--patience has no effect on --method opd; it is for: patient"):
+        start(method="opd", patience=5)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------
+
+def job_of(run, lengths, **options):
+    row = {"prompt": "last q>", "branch": "main"}
+    rollouts = [run.fixed(row | {"row": i}, [5] * n, "") for i, n in enumerate(lengths)]
+    return Job(run.student, run.teacher, rollouts, Objective(divergence="rkl"), **options)
+
+
+def test_a_job_says_what_its_loss_is_divided_by(start):
+    """GRPO divides by all rollouts and DPO by pairs and not by tokens, and no method undoes a division."""
+    run = start()
+    kept = opd.weigh([job_of(run, [2, 4], weights=[1.0, 0.0])])[0]
+    assert kept[0].tolist() == [0.5, 0.5] and not kept[1].any()
+    everybody = opd.weigh([job_of(run, [2, 4], weights=[1.0, 0.0], count=2)])[0]
+    assert everybody[0].tolist() == [0.25, 0.25]
+    sums = opd.weigh([job_of(run, [2, 4], weights=[1.0, -1.0], tokens="sum", count=1)])[0]
+    assert sums[0].tolist() == [1.0, 1.0] and sums[1].tolist() == [-1.0] * 4
+
+
+def test_jobs_on_the_same_completions_count_them_once(start):
+    """Two objectives on one batch are added up; they do not halve each other."""
+    run = start()
+    first = job_of(run, [2, 4])
+    second = Job(run.student, None, first.rollouts, Objective(label="nll"))
+    alone, together = opd.weigh([first])[0], opd.weigh([first, second])
+    for w_T, a_T, b_T in zip(alone, *together):
+        assert torch.equal(w_T, a_T) and torch.equal(w_T, b_T)
+    for job in (first, second):
+        job.count = 7
+    assert opd.weigh([first, second])[0][0].sum() == pytest.approx(1 / 7)
+    stats = opd.describe([first, second], together, [{}, {}])
+    assert stats["rollouts"] == 2 and stats["tokens"] == 6
+
+
+def test_what_is_computed_once_survives_a_restart(registered, start, monkeypatch):
+    """A killed run goes on with what it had written, and does not compute it a second time."""
+    made = []
+
+    @method(losses=("nll",), teachers="none", needs=("solution",), samples=False)
+    def rounds(run):
+        for step in run.steps():
+            run.notes["made"] = run.once(f"round {step // 2}", lambda: made.append(step) or len(made))
+            yield [Job(run.student, None, run.references(run.draw()), run.objective)]
+
+    flags = dict(method="rounds", steps=4, save_every=1, teachers=[])
+    run, update = start(**flags), opd.update
+
+    def dying(run, *args):
+        if run.state["step"] == 3:
+            raise KeyboardInterrupt
+        return update(run, *args)
+    monkeypatch.setattr(opd, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(run)
+    monkeypatch.undo()
+    opd.train(start(**flags, out=run.out, resume=True))
+    assert made == [0, 2] and [line["made"] for line in lines_of(run)] == [1, 1, 2, 2]
+
+
+# ---- a teacher that learns ---------------------------------------------------------------------------------
+
+def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
+    """Two learners of one step, each with its own optimizer and divisor; both are in the checkpoint."""
+    @method(losses=any_divergence("fkl"), teachers="one", needs=("solution",), samples=False,
+            teacher_learns=True)
+    def pair(run):
+        """The student learns from the teacher, and the teacher from the solutions and from the student."""
+        for step in run.steps():
+            rollouts = run.references(run.draw())
+            yield [Job(run.student, run.teacher, rollouts, run.objective),
+                   Job(run.teacher, None, rollouts, LOSSES["nll"]),
+                   Job(run.teacher, run.student, rollouts, run.objective, weights=[0.5] * len(rollouts))]
+
+    flags = dict(method="pair", steps=4, lr=1e-3)
+    whole = start(**flags)
+    before = parameters(whole.teacher), parameters(whole.student)
+    opd.train(whole)
+    ends = parameters(whole.teacher), parameters(whole.student)
+    assert all(not torch.equal(a, b) for a, b in zip(before, ends))
+    assert [learner.name for learner in whole.learners] == ["student", "teacher"]
+    assert [learner.updates for learner in whole.learners] == [4, 4]
+    assert all(line["rollouts"] == 4 for line in lines_of(whole))
+
+    cut, update = start(**flags, save_every=2), opd.update
+
+    def dying(run, *args):
+        if run.state["step"] == 3:
+            raise KeyboardInterrupt
+        return update(run, *args)
+    monkeypatch.setattr(opd, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(cut)
+    monkeypatch.undo()
+    again = start(**flags, save_every=2, out=cut.out, resume=True)
+    opd.train(again)
+    assert torch.equal(parameters(again.teacher), ends[0]) and torch.equal(parameters(again.student), ends[1])
+
+
+# ---- dpo ---------------------------------------------------------------------------------------------------
+
+def double(run):
+    for model in (run.student, run.self_teacher(run.student)):
+        model.net.double()
+        model.dtype = torch.float64
+    return run
+
+
+def dpo_by_hand(run, beta, rows):
+    """DPO's loss by autograd on the logits of transformers itself, with another model as reference."""
+    def log_prob(net, prompt, text):
+        ids, answer = run.student.encode(prompt), run.student.encode_completion(text)
+        logp = torch.log_softmax(net(torch.tensor([ids + answer])).logits[0, :, :run.student.vocab], -1)
+        return sum(logp[len(ids) - 1 + t, i] for t, i in enumerate(answer))
+
+    reference, margins = run.self_teacher(run.student).net, []
+    for row in rows:
+        ratio = {}
+        for side in ("chosen", "rejected"):
+            with torch.no_grad():
+                anchor = log_prob(reference, row["prompt"], row[side])
+            ratio[side] = log_prob(run.student.net, row["prompt"], row[side]) - anchor
+        margins.append(beta * (ratio["chosen"] - ratio["rejected"]))
+    margins = torch.stack(margins)
+    return -torch.nn.functional.logsigmoid(margins).mean(), margins
+
+
+def test_the_gradient_of_dpo_is_that_of_its_loss(start, prompts, models):
+    """Sums over tokens, the mean over pairs, beta in both places: against autograd in float64."""
+    run = double(start(method="dpo", prompts=[prompts("p", PAIRS)], self_teacher="frozen", dpo_beta=0.3,
+                       batch=2))
+    with torch.no_grad():                                           # a student that has moved
+        for p in run.student.net.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    [job] = next(run.jobs())
+    opd.backward(run, job, opd.weigh([job])[0])
+    ours, noted = gradients(run.student), dict(run.notes)
+    run.student.net.zero_grad()
+    loss, margins = dpo_by_hand(run, 0.3, PAIRS)
+    loss.backward()
+    exact = gradients(run.student)
+    assert margins.abs().max() > 1e-3 and (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert noted["dpo_loss"] == pytest.approx(loss.item(), rel=1e-5) and noted["pairs"] == 2
+    assert noted["preferred"] == pytest.approx((margins > 0).double().mean().item())
+
+
+def test_dpo_learns_to_prefer_the_chosen_and_its_reference_stays_or_is_renewed(start, prompts):
+    flags = dict(method="dpo", prompts=[prompts("p", PAIRS)], batch=2, steps=6, lr=3e-3)
+    fixed, renewed = start(**flags), start(**flags, renew_every=2)
+    anchor = [value.clone() for value in fixed.self_teacher(fixed.student).values.values()]
+    for run in (fixed, renewed):
+        opd.train(run)
+    margins = [line["margin"] for line in lines_of(fixed)]
+    assert margins[0] == 0 and margins[-1] > max(margins[1], 0.1) and lines_of(fixed)[-1]["preferred"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(anchor, fixed.self_teacher(fixed.student).values.values()))
+    assert [line["margin"] == 0 for line in lines_of(renewed)] == [True, False] * 3
+    with pytest.raises(Refused, match="--renew_every needs --self_teacher snapshot"):
+        start(**flags, renew_every=2, self_teacher="frozen")
+
+
+def test_dpo_makes_pairs_of_graded_rollouts_and_skips_prompts_without_one(start, prompts, monkeypatch):
+    """A correct and a wrong rollout of one prompt are a pair; all correct or all wrong teach nothing."""
+    run = start(method="dpo", rollouts=3, batch=3, prompts=[prompts("g", GRADED)])
+    rewards = iter([0, 1, 0, 1, 1, 1, 0, 0, 0])
+    monkeypatch.setattr(opd, "grade", lambda *args: float(next(rewards)))
+    rollouts, pairs = methods.dpo.preferences(run, run.prompts["main"][:3])
+    assert len(rollouts) == 9 and pairs == [(1, 0)]
+
+
+def test_dpo_refuses_prompts_without_pairs_and_answers(start, prompts):
+    with pytest.raises(Refused, match='has no "chosen" or "answer", which --method dpo needs'):
+        start(method="dpo", prompts=[prompts("p", [{"prompt": "last q>"}])])
+
+
+def test_dpo_step_without_a_pair_changes_nothing_but_is_logged(start, prompts, monkeypatch):
+    run = start(method="dpo", rollouts=2, steps=1, optimizer="sgd", weight_decay=0.0,
+                prompts=[prompts("g", GRADED)])
+    monkeypatch.setattr(opd, "grade", lambda *args: 0.0)
+    before = parameters(run.student)
+    opd.train(run)
+    [line] = lines_of(run)
+    assert torch.equal(parameters(run.student), before) and line["pairs"] == line["kept"] == 0
+    assert json.loads((run.out / "config.json").read_text())["dpo_beta"] == 0.1
