@@ -1,6 +1,6 @@
 """The settings of a run: every flag once, with its unit, default, source, range, and when it has an effect.
 
-    FLAGS             the general flags. A flag that is marked `of_methods` exists for the methods that name it
+    FLAGS             the general flags. One that is marked `of_methods` exists for the methods that name it
     METHODS           (methods/) a method's own flags are the keyword arguments of its generator: the default
                       and the type come from the signature, the help from its docstring
     parse             from the command line to the settings, complete and checked, or one clear line
@@ -207,14 +207,15 @@ DIAGNOSED = (lambda c: c.diagnose_every, "--diagnose_every")
 
 FLAGS = {
     "what": {
-        "student": Flag([], "the model that learns: a folder or hub id, as from_pretrained takes it; opcod has "
-                        "two, the first stronger in the first branch of prompts, the second in the second",
+        "student": Flag([], "the model that learns: a folder or hub id, as from_pretrained takes it; opcod "
+                        "has two, the first stronger in the first branch of prompts, the second in the "
+                        "second",
                         words="+", shown="PATH", basic=True),
         "teachers": Flag([], "frozen models with the student's tokenizer; one for all prompts, or one per "
                          "branch", words="+", shown="[BRANCH=]PATH", basic=True),
-        "prompts": Flag([], "JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or a "
-                        "public set as openai/gsm8k (data/convert.py); one per branch. For camopd the first "
-                        "is the branch to recover, the others are preserved", words="+",
+        "prompts": Flag([], "JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or "
+                        "a public set as openai/gsm8k (data/convert.py); one per branch. For camopd the "
+                        "first is the branch to recover, the others are preserved", words="+",
                         shown="[BRANCH=]FILE", basic=True),
         "val_prompts": Flag([], "prompts with answers for the gate, one file per branch, neither trained nor "
                             "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True),
@@ -242,8 +243,8 @@ FLAGS = {
                           only=(lambda c: c.target == "veto", "--target veto")),
         "taid_start": Flag(0.4, "taid: the teacher's share at the first step, 1 at the last", SHARE,
                            only=(lambda c: c.target == "taid", "--target taid")),
-        "support": Flag("full", "which entries count: all, or the --top_k largest of student or teacher; what "
-                        "becomes of the others: raw and sg nothing (sg without the gradient of the kept "
+        "support": Flag("full", "which entries count: all, or the --top_k largest of student or teacher; "
+                        "what becomes of the others: raw and sg nothing (sg without the gradient of the kept "
                         "mass), renorm they have no probability, tail they are one more entry; 2605.11182",
                         OneOf(*SUPPORTS), only=(has_divergence, "a divergence as --loss")),
         "top_k": Flag(None, "entries of a --support", COUNT,
@@ -256,7 +257,7 @@ FLAGS = {
                            "Nemotron-Cascade 2, 2603.19220", NOT_NEGATIVE, words=2, shown=("LOW", "HIGH"),
                            only=(lambda c: c.loss == "pg", "--loss pg"))},
     "several branches, self-teachers": {
-        "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(), shown="N:M"),
+        "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio()),
         "self_teacher": Flag(None, "the student as its own teacher: its moving average (ema), as it started "
                              "(frozen), as it is (live), or a copy that the method renews (snapshot)",
                              OneOf("ema", "frozen", "live", "snapshot"), of_methods=True),
@@ -286,9 +287,9 @@ FLAGS = {
                              resume=True),
         "gradient_checkpointing": Flag(False, "compute every layer again in the backward pass: less memory "
                                        "for one more forward pass", bool, resume=True),
-        "lora_rank": Flag(0, "train a LoRA adapter of this rank on all linear layers (not on experts that are "
-                          "one tensor) instead of the weights, which then are kept in --dtype; needs peft; "
-                          "0 = no adapter", AMOUNT, basic=True),
+        "lora_rank": Flag(0, "train a LoRA adapter of this rank on all linear layers (not on experts that "
+                          "are one tensor) instead of the weights, which then are kept in --dtype; needs "
+                          "peft; 0 = no adapter", AMOUNT, basic=True),
         "lora_alpha": Flag(32.0, "LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA "
                            "Without Regret'", POSITIVE, only=(lambda c: c.lora_rank, "--lora_rank"))},
     "sampling and evaluation": {
@@ -309,21 +310,21 @@ FLAGS = {
         "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY,
                            only=SAMPLED_EVALUATION)},
     "diagnosis: what the gradients are like (lab/diagnosis.py)": {
-        "diagnose_every": Flag(0, "before the first step, after every K and the last, measure cosine, coherence "
-                               "and noise of the gradients, the gap's spread, and the size of each branch's "
-                               "step; 0 = never; CaMOPD sec. 4.4", AMOUNT, shown="K", resume=True,
+        "diagnose_every": Flag(0, "before the first step, after every K and the last, measure cosine, "
+                               "coherence and noise of the gradients, the gap's spread, and the size of each "
+                               "branch's step; 0 = never; CaMOPD sec. 4.4", AMOUNT, shown="K", resume=True,
                                of_methods=True),
-        "diagnose_rollouts": Flag(None, "rollouts per branch for it, of different prompts as far as there are, "
-                                  "one backward pass each; default: --batch, at most 64", SEVERAL, shown="N",
-                                  resume=True, of_methods=True, only=DIAGNOSED),
+        "diagnose_rollouts": Flag(None, "rollouts per branch for it, of different prompts as far as there "
+                                  "are, one backward pass each; default: --batch, at most 64", SEVERAL,
+                                  shown="N", resume=True, of_methods=True, only=DIAGNOSED),
         "diagnose_layers": Flag(0, "gradients of the last N layers only, without the steps: an estimate that "
                                 "costs less for large models; 0 = all parameters, with memory for four more "
                                 "gradients per branch", AMOUNT, shown="N", resume=True, of_methods=True,
                                 only=DIAGNOSED)},
     "the machine": {
         "device": Flag(None, "cuda or cpu; default: cuda where there is one", resume=True, basic=True),
-        "teacher_device": Flag(None, "cpu: teachers compute there, slowly; swap: they wait in main memory and "
-                               "are on the GPU only while they score or write; default: as --device",
+        "teacher_device": Flag(None, "cpu: teachers compute there, slowly; swap: they wait in main memory "
+                               "and are on the GPU only while they score or write; default: as --device",
                                OneOf("cuda", "cpu", "swap"), resume=True),
         "dtype": Flag(None, "of the computation; what learns is kept in float32; default: bfloat16 on cuda, "
                       "float32 on cpu", OneOf("float32", "bfloat16")),
@@ -349,8 +350,7 @@ def own_flags(methods):
             if name not in GENERAL and name not in out:
                 users = ", ".join(n for n, other in methods.items() if name in other.own)
                 words = "+" if isinstance(own.type, PerBranch) else None
-                out[name] = Flag(own.default, f"{users}: {own.about}", own.type, words,
-                                 shown=getattr(own.type, "shown", None))
+                out[name] = Flag(own.default, f"{users}: {own.about}", own.type, words)
     return out
 
 
@@ -379,6 +379,8 @@ def build_parser(about, methods, everything):
 
 def placeholder(flag):
     """Return what --help shows in place of a flag's value."""
+    if isinstance(flag.type, (PerBranch, Ratio)):
+        return flag.type.shown
     name = {"int": "N", "float": "X"}.get(getattr(flag.type, "__name__", ""), "NAME")
     return (name,) * flag.words if isinstance(flag.words, int) else name
 
@@ -463,11 +465,10 @@ def parse(argv, about, methods):
 
 def take_method_flags(cfg, given, method, methods):
     """Give the settings the flags that this method has; refuse those that only others have."""
-    only_others = {name for other in methods.values() for name in other.defaults} - method.defaults.keys()
-    for flag in sorted(given.keys() & only_others):
-        if flag in own_flags(methods) or GENERAL[flag].of_methods:
-            raise Refused(f"--{flag} has no effect on --method {cfg.method}; it is for: "
-                          f"{', '.join(name for name, other in methods.items() if flag in other.defaults)}")
+    for flag in sorted(given.keys() - method.defaults.keys()):
+        if flag not in GENERAL or GENERAL[flag].of_methods:
+            users = [name for name, other in methods.items() if flag in other.defaults]
+            raise Refused(f"--{flag} has no effect on --method {cfg.method}; it is for: {', '.join(users)}")
     for flag, default in method.defaults.items():
         setattr(cfg, flag, given.get(flag, default))
 
@@ -533,8 +534,11 @@ def complete_branches(cfg, given, method, branches):
 def split(batch, mixture, branches):
     """Return {branch: prompts of the batch} in the shares of the mixture "3:1"; None means equal shares."""
     shares = [int(n) for n in mixture.split(":")] if mixture else [1] * len(branches)
-    ends = [round(batch * sum(shares[:i + 1]) / sum(shares)) for i in range(len(shares))]
-    return dict(zip(branches, [end - start for start, end in zip([0, *ends], ends)]))
+    counts, start = {}, 0
+    for i, branch in enumerate(branches, 1):
+        end = round(batch * sum(shares[:i]) / sum(shares))      # so the counts add up to the batch
+        counts[branch], start = end - start, end
+    return counts
 
 
 def check_students(cfg, method):
@@ -585,7 +589,7 @@ def read_config(out):
 
 
 def record(cfg):
-    """Return what config.json keeps: every setting, with versions, commit, device and date."""
+    """Return what config.json keeps: every setting, with versions, the code's commit, device and date."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                 text=True).stdout.strip()

@@ -42,12 +42,12 @@ import config
 import models
 from config import Refused
 from data.check import check_prompts
-from data.folder import Folder
+from data.folder import Folder, describe, logged_samples, process_memory, step_line, warn_of_first_step
 from data.graders import grade
-from data.prompts import load_prompts, prompt_text
+from data.prompts import load_prompts
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
-from methods import METHODS, Job, Rollout, by_branch, by_prompt
+from methods import METHODS, Job, Rollout, by_branch
 from methods.feedback import Templates, read_templates
 from models import micro_batches
 
@@ -223,35 +223,6 @@ def update(run, jobs, weights):
     branches = by_branch([r for job in jobs for r in job.rollouts])
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
             **whole, **({"branches": parts} if len(jobs) > 1 else {})}
-
-
-def describe(jobs, weights, stats):
-    """Return what the rollouts of some Jobs were like: means over rollouts and over tokens, in nats."""
-    mean = lambda parts: torch.cat(parts).mean().item() if parts else None
-    distinct = {}                                           # Jobs on the same completions count them once
-    for job, some in zip(jobs, weights):
-        for r, gap_T, w_T in zip(job.rollouts, job.gaps, some):
-            distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), job.learner.stops))
-    rollouts, gaps, kept, stops = zip(*distinct.values())
-    gaps = [gap_T for gap_T in gaps if gap_T is not None]
-    rewards = [r.reward for r in rollouts if r.reward is not None]
-    lengths = [len(r.ids_T) for r in rollouts]
-    cut = [r.ids_T[-1].item() not in ends for r, ends in zip(rollouts, stops)]
-    out = {"rollouts": len(rollouts), "kept": sum(kept), "tokens": sum(lengths),
-           "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
-           "reward": sum(rewards) / len(rewards) if rewards else None, "solved": solved(rollouts),
-           "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
-    for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
-        out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
-    return {name: x for name, x in out.items() if x is not None}
-
-
-def solved(rollouts):
-    """Return the share of prompts with a correct rollout; None: they have one rollout, or no answer."""
-    if any(r.reward is None for r in rollouts):
-        return None
-    groups = [group for group in by_prompt(rollouts).values() if len(group) > 1]
-    return sum(any(r.reward == 1 for r in group) for group in groups) / len(groups) if groups else None
 
 
 def gradients(run, job, parameters, weights=None):
@@ -562,7 +533,7 @@ class Run:
                   **({"memory_gib_by_part": parts} if parts else {}),
                   "sampled_tokens": state["sampled_tokens"], **self.notes}
         self.folder.log("metrics", stats)
-        tqdm.write(step_line(self, stats), file=sys.stdout)
+        tqdm.write(step_line(stats, cfg.loss, self.total, self.notes), file=sys.stdout)
         self.clock, self.peaks, self.notes = {}, {}, {}
         if state["step"] == self.total or (cfg.save_every and state["step"] % cfg.save_every == 0):
             self.folder.save(self.learners, state)
@@ -580,46 +551,6 @@ def shuffled(count, seed):
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
-
-
-def step_line(run, s):
-    """Return a step's line: step 12/300 general | rkl 0.41 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
-    loss, parts = run.cfg.loss, [f"step {s['step'] + 1}/{run.total} {s['branch']}"]
-    parts += [f"{loss} {s['value']:.3f}"] if "value" in s else []
-    parts += [f"nll {-s['logprob_s']:.3f}"] if loss == "nll" and "logprob_s" in s else []
-    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
-    parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
-    parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
-    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
-    parts += [f"{name} {x:.3g}" for name, x in run.notes.items() if isinstance(x, (int, float))]
-    times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
-    parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
-    parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
-    return " | ".join(parts)
-
-
-def logged_samples(job, weights, count):
-    """Return what samples.jsonl keeps of a Job's first rollouts."""
-    for r, gap_T, w_T in list(zip(job.rollouts, job.gaps, weights))[:count]:
-        yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
-               **r.notes, "reward": r.reward, "selected": bool(w_T.any()),
-               "gap": None if gap_T is None else gap_T.mean().item()}
-
-
-def warn_of_first_step(cfg, stats):
-    """Say what the first step shows of a training that cannot go well."""
-    if stats["cut"] > 0.5:
-        tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
-                   f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
-    if stats["kept"] == 0:
-        none_correct = ", and none is correct: does the grader fit?" * (stats.get("reward") == 0)
-        tqdm.write(f"note: no rollout of the first step has anything to learn from{none_correct}")
-
-
-def process_memory():
-    """Return the GiB of the process at its peak, which on a CPU is all there is to know."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def lab(name, flag=None):

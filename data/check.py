@@ -67,14 +67,13 @@ def check_fields(run, where, row, trained):
         return
     for need in method.needs:
         if not any(field in row for field in need.split("|")):
-            what = {"solution": "text, which --method {} learns from",
-                    "answer": "which --method {} needs for its rewards"}.get(need, "which --method {} needs")
             fields = '" or "'.join(need.split("|"))
-            comma = " " if need == "solution" else ", "
-            raise Refused(f'{where} has no "{fields}"{comma}{what.format(name)}')
+            purpose = {"solution": "learns from", "answer": "needs for its rewards"}.get(need, "needs")
+            raise Refused(f'{where} has no "{fields}", which --method {name} {purpose}')
     for field in fixed_texts(method):
         if field in row and not isinstance(row[field], str):
-            raise Refused(f'{where} has no "{field}" text, which --method {name} learns from')
+            raise Refused(f'{where}: "{field}", which --method {name} learns from, is text, not '
+                          f"{str(row[field])[:60]!r}")
 
 
 def fixed_texts(method):
@@ -87,21 +86,24 @@ def check_row(run, row, model, longest, trained, read):
     """Refuse a row that this model cannot read, or whose completion has no room or cannot be correct."""
     cfg, method = run.cfg, run.method
     ids = model.encode(row["prompt"])
-    texts = [run.student.encode_completion(row[field]) for field in fixed_texts(method) if field in row]
-    learned = max(texts, key=len, default=[]) if trained else []
+    fields = fixed_texts(method) if trained else []
+    learned = [run.student.encode_completion(row[field]) for field in fields if field in row]
     seen = read(run, model, row) if read else []
     if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
         raise Refused(f"the grader {row['grader']} calls no completion correct if the answer is "
                       f"{row['answer']!r}")
-    most, known = max(ids + learned + seen), len(model.net.get_input_embeddings().weight)
-    if most >= known:
-        raise Unfit(f"has the token {model.tok.decode(most)!r}, id {most}, for which {model.path} has no row "
-                    f"({known})")
-    completion = max(len(learned), cfg.max_new_tokens if method.samples or not trained else 0)
-    longest.prompt, longest.completion = max(longest.prompt, len(ids)), max(longest.completion, completion)
+    largest = max(max(some) for some in [ids + seen, *learned])
+    known = len(model.net.get_input_embeddings().weight)
+    if largest >= known:
+        raise Unfit(f"has the token {model.tok.decode(largest)!r}, id {largest}, for which {model.path} has "
+                    f"no row ({known})")
+    sampled = cfg.max_new_tokens if method.samples or not trained else 0
+    completion = max([sampled, *map(len, learned)])
+    longest.prompt = max(longest.prompt, len(ids))
+    longest.completion = max(longest.completion, completion)
     longest.read = max(longest.read, len(seen))
     most = max(len(ids), len(seen)) + completion
     if most > model.positions:
-        raise Refused(f"prompt and completion can have {most} tokens"
-                      + " as the self-teacher reads them" * (len(seen) > len(ids)) + f", but {model.path} has "
+        as_read = " as the self-teacher reads them" if len(seen) > len(ids) else ""
+        raise Refused(f"prompt and completion can have {most} tokens{as_read}, but {model.path} has "
                       f"{model.positions} positions; lower --max_new_tokens or drop the row")

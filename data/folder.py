@@ -1,10 +1,15 @@
-"""A run's folder: what a run writes, and what it goes on from."""
+"""What a run writes: its folder, from which it can go on, and what it says of every step."""
 import json
+import sys
+
+import torch
+from tqdm import tqdm
 
 import models
 from config import Refused
 
 from .files import atomic_folder, read_lines, recover, write_file
+from .prompts import prompt_text
 
 
 class Folder:
@@ -62,3 +67,77 @@ class Folder:
                 models.save_adapters(students, folder)
         with atomic_folder(self.out / "final") as folder:
             models.save_final(students, folder)
+
+
+# ---- what a run says of a step -----------------------------------------------------------------------------
+
+def describe(jobs, weights, stats):
+    """Return what the rollouts of some Jobs were like: means over rollouts and over tokens, in nats."""
+    mean = lambda parts: torch.cat(parts).mean().item() if parts else None
+    distinct = {}                                           # Jobs on the same completions count them once
+    for job, some in zip(jobs, weights):
+        for r, gap_T, w_T in zip(job.rollouts, job.gaps, some):
+            distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), job.learner.stops))
+    rollouts, gaps, kept, stops = zip(*distinct.values())
+    gaps = [gap_T for gap_T in gaps if gap_T is not None]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    lengths = [len(r.ids_T) for r in rollouts]
+    cut = [r.ids_T[-1].item() not in ends for r, ends in zip(rollouts, stops)]
+    out = {"rollouts": len(rollouts), "kept": sum(kept), "tokens": sum(lengths),
+           "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
+           "reward": sum(rewards) / len(rewards) if rewards else None, "solved": solved(rollouts),
+           "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
+    for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
+        out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
+    return {name: x for name, x in out.items() if x is not None}
+
+
+def solved(rollouts):
+    """Return the share of prompts with a correct rollout; None: they have one rollout, or no answer."""
+    if any(r.reward is None for r in rollouts):
+        return None
+    groups = {}
+    for r in rollouts:
+        groups.setdefault((r.prompt["branch"], r.prompt["row"]), []).append(r.reward)
+    several = [rewards for rewards in groups.values() if len(rewards) > 1]
+    return sum(1 in rewards for rewards in several) / len(several) if several else None
+
+
+def step_line(s, loss, total, notes):
+    """Return a step's line: step 12/300 general | rkl 0.41 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
+    parts = [f"step {s['step'] + 1}/{total} {s['branch']}"]
+    parts += [f"{loss} {s['value']:.3f}"] if "value" in s else []
+    parts += [f"nll {-s['logprob_s']:.3f}"] if loss == "nll" and "logprob_s" in s else []
+    parts += [f"gap {s['gap']:+.3f}, |gap| {s['abs_gap']:.3f}"] if "gap" in s else []
+    parts += [f"kept {s['kept']}/{s['rollouts']}", f"len {s['length']:.0f} ({s['cut']:.0%} cut)"]
+    parts += [f"acc {s['reward']:.2f}"] if "reward" in s else []
+    parts += [f"solved {s['solved']:.0%}"] if "solved" in s else []
+    parts += [f"{name} {x:.3g}" for name, x in notes.items() if isinstance(x, (int, float))]
+    times = " ".join(f"{name} {seconds:.2f}" for name, seconds in s["seconds"].items())
+    parts += [f"{sum(s['seconds'].values()):.2f}s ({times})", f"{s['memory_gib']:.1f} GiB"]
+    parts += ["eval " + " ".join(f"{name} {x:.3f}" for name, x in s["eval"].items())] if s.get("eval") else []
+    return " | ".join(parts)
+
+
+def logged_samples(job, weights, count):
+    """Return what samples.jsonl keeps of a Job's first rollouts."""
+    for r, gap_T, w_T in list(zip(job.rollouts, job.gaps, weights))[:count]:
+        yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
+               **r.notes, "reward": r.reward, "selected": bool(w_T.any()),
+               "gap": None if gap_T is None else gap_T.mean().item()}
+
+
+def warn_of_first_step(cfg, stats):
+    """Say what the first step shows of a training that cannot go well."""
+    if stats["cut"] > 0.5:
+        tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
+                   f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
+    if stats["kept"] == 0:
+        none_correct = ", and none is correct: does the grader fit?" * (stats.get("reward") == 0)
+        tqdm.write(f"note: no rollout of the first step has anything to learn from{none_correct}")
+
+
+def process_memory():
+    """Return the GiB of the process at its peak, which on a CPU is all there is to know."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

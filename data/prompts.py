@@ -28,7 +28,7 @@ def load_prompts(source, branch):
     prompts = []
     for number, line in enumerate(read_source(source), 1):
         if line.strip():
-            row = check_row(f"{source}:{number}", line)
+            row = parse_row(f"{source}:{number}", line)
             if row.get("branch", branch) != branch:
                 raise Refused(f"{source}:{number}: this row is of branch {row['branch']!r}, but the file was "
                               f"given as branch {branch!r}; split the file")
@@ -50,7 +50,7 @@ def read_source(source):
         raise Refused(f"{source} is not UTF-8 text ({error})") from None
 
 
-def check_row(where, line):
+def parse_row(where, line):
     """Return a line's row, with a grader if it has an answer; refuse what is no prompt row."""
     try:
         row = json.loads(line)

@@ -221,13 +221,13 @@ def dot(a, b):
     return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
 
 
-def directions(measured, shares, half):
-    """Return {branch: the method's gradient on one half of the rollouts}, and of several their mixture."""
-    out = {branch: m.steps[half] for branch, m in measured.items()}
+def directions(measured, shares, i):
+    """Return {branch: the method's gradient on the i-th half of the rollouts}, and of several their mixture."""
+    out = {branch: m.steps[i] for branch, m in measured.items()}
     if len(measured) > 1:
         mixed = [0] * len(next(iter(out.values())))
         for branch, m in measured.items():
-            mixed = [total + shares[branch] * g for total, g in zip(mixed, m.means[half])]
+            mixed = [total + shares[branch] * g for total, g in zip(mixed, m.means[i])]
         out["+".join(measured)] = mixed
     return out
 

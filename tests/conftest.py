@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # a name that is no folder fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny models gain nothing from more, and a busy machine waits
 
 import json
 
@@ -14,7 +15,6 @@ import opd
 from data import small_world
 from methods import METHODS
 
-torch.set_num_threads(2)
 TEMPLATES = {                                                    # as short as the prompts
     "reprompt": "{solution}{feedback}{prompt}", "solution": "{solution}=", "environment": "{feedback}=",
     "peer": "{feedback}+", "told": "{answer}={prompt}",

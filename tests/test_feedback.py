@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from methods.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors, concept,
-                              read_templates, reprompt, shortened, specific, tutor_prompt, with_answer,
-                              without_answers, without_concept, without_thinking, words)
+from methods.feedback import (GENERIC, MOST_WORDS, OUTCOMES, REQUIRED, REVEALING, Templates, accept, anchors,
+                              concept, read_templates, reprompt, shortened, specific, tutor_prompt,
+                              with_answer, without_answers, without_concept, without_thinking, words)
 
 PHYSICS = Path(__file__).parent.parent.parent / "shared" / "data" / "sciknoweval" / "physics_train.jsonl"
 QUESTION = "What is the net electric flux of a charged cube? Select the answer.\n\nA: 2.0\nB: 3.0"
@@ -344,8 +344,8 @@ def test_templates_from_a_file(tmp_path):
     ("{", "not JSON"), ("", "not JSON"), ("[" * 100000, "not JSON"), ('["peer"]', "one JSON object"),
     ("null", "one JSON object"),
     ('{"pear": "x"}',
-     "unknown template 'pear'; did you mean peer\\? there are: reprompt, solution, environment, peer, anchored, "
-     "unanchored, told"),
+     "unknown template 'pear'; did you mean peer\\? there are: reprompt, solution, environment, peer, "
+     "anchored, unanchored, told"),
     ('{"peer": 7}', "'peer' is text, not '7'"), ('{"peer": null}', "'peer' is text"),
     ('{"peer": "{feedback} {x}"}', r"'peer' has unknown \{x\}; its placeholders are \{feedback\}"),
     ('{"peer": "{feedback} {}"}', "'peer' has unknown"), ('{"peer": "{feedback} {0}"}', "'peer' has unknown"),

@@ -474,7 +474,8 @@ def test_a_teacher_elsewhere_teaches_the_same_on_a_gpu(begin, where, method):
 
 MEMORY = [dict(), dict(gradient_checkpointing=True), dict(dtype="bfloat16"), dict(lora_rank=4),
           dict(loss="nll", method="sft"), dict(optimizer="muon"), dict(micro_tokens=10_000),
-          dict(loss="pg", method="mopd"), dict(method="opsd", self_teacher="ema"), "evaluation"]
+          dict(loss="pg", method="mopd"), dict(method="opsd", self_teacher="ema"), dict(method="dpo"),
+          "evaluation"]
 
 
 LONG = "one two three four five six seven eight nine ten " * 8
@@ -502,8 +503,8 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompt
         pytest.importorskip("peft", reason="optional: pip install peft")
     if flags == "evaluation":
         flags = dict(eval_prompts=[prompts("eval", [{"prompt": LONG[:150], "answer": "four"}] * 48)])
-    rows = [{"prompt": LONG[:150], "solution": LONG}] * 16
-    flags = dict(student=larger / "s", teachers=[larger / "t"], prompts=[prompts("long", rows)], steps=3,
+    rows = [{"prompt": LONG[:150], "solution": LONG, "chosen": LONG, "rejected": LONG}] * 16
+    flags = dict(student=larger / "s", teachers=[larger / "t"], prompts=[prompts("long", rows)], steps=2,
                  batch=16, max_new_tokens=full_length(larger / "s"), micro_tokens=700) | flags
     if METHODS[flags.get("method", "opd")].teachers == "none":
         flags["teachers"] = []
@@ -526,9 +527,19 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompt
             measured[name] = max(live.peak + held, measured.get(name, 0))
         run.timed = timed
         opd.train(run)
-    assert measured.keys() == set(preflight.PHASES) - ({"sample"} if flags.get("method") == "sft" else set())
+    fixed = flags.get("method") in ("sft", "dpo")                # nothing is sampled
+    assert measured.keys() == set(preflight.PHASES) - ({"sample"} if fixed else set())
     for phase, peak in measured.items():
         assert predicted[phase] == pytest.approx(peak, rel=0.1), (phase, predicted, measured, parts)
+
+
+def test_a_dry_run_says_how_much_a_self_teacher_reads(start, capsys):
+    """A reference model reads the prompt alone, a self-teacher a solution beside it."""
+    for method, shown in (("dpo", "{prompt}"), ("opsd", "{solution}={prompt}")):
+        run = start(method=method, dry_run=True)
+        longest = max(len(run.student.encode(shown.format(**row))) for row in run.prompts["main"])
+        preflight.about_tokens(run)
+        assert f"reads up to {longest} tokens" in capsys.readouterr().out
 
 
 def test_dry_run_of_an_eight_billion_model_needs_its_config_and_tokenizer_only(chat, argv, tmp_path, capsys,

@@ -13,6 +13,7 @@ import opd
 from config import Refused
 from data import convert, scratch
 from data.files import read_lines
+from data.folder import solved
 from data.graders import complaint
 from methods import Rollout, opcod
 from methods.feedback import Templates, with_answer
@@ -23,15 +24,17 @@ from models import average_values, follow, offload
 
 @pytest.fixture(scope="session")
 def sure(models, tmp_path_factory):
-    """Models a and b, surer of what they write, and the words' rows with each one's likeliest token as answer."""
-    folder, rows = tmp_path_factory.mktemp("sure"), {}
-    for name in ("a", "b"):
-        tok, net = AutoTokenizer.from_pretrained(models / name), AutoModelForCausalLM.from_pretrained(models / name)
+    """Models a and b, surer of what they write, and prompts whose answers are their likeliest tokens."""
+    folder, rows = tmp_path_factory.mktemp("sure"), {"a": [], "b": []}
+    for name, found in rows.items():
+        tok = AutoTokenizer.from_pretrained(models / name)
+        net = AutoModelForCausalLM.from_pretrained(models / name)
         with torch.no_grad():
             net.model.norm.weight.mul_(4)
-            likeliest = [net(torch.tensor([tok(r["prompt"]).input_ids])).logits[0, -1].argmax() for r in WORD_ROWS]
-        answers = [tok.decode(i, skip_special_tokens=True) for i in likeliest]
-        rows[name] = [r | {"answer": answer, "solution": answer} for r, answer in zip(WORD_ROWS, answers)]
+            for row in WORD_ROWS:
+                logits_V = net(torch.tensor([tok(row["prompt"]).input_ids])).logits[0, -1]
+                answer = tok.decode(logits_V.argmax(), skip_special_tokens=True)
+                found.append(row | {"answer": answer, "solution": answer})
         net.save_pretrained(folder / name)
         tok.save_pretrained(folder / name)
     return folder, rows
@@ -154,7 +157,7 @@ def test_demonstration_is_the_earliest_other_correct_rollout_of_the_same_prompt(
     rollouts = some(run, (0, 1, 0, 1), 0) + some(run, (0, 1), 1) + some(run, (0, 0), 2)
     assert demonstrations(rollouts) == [
         "text 0 1", "text 0 3", "text 0 1", "text 0 1", "text 1 1", None, None, None]
-    assert opd.solved(rollouts) == 2 / 3
+    assert solved(rollouts) == 2 / 3
 
 
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema", "snapshot"])
@@ -260,7 +263,8 @@ def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
     run.finish = lambda: after.update(student=states(run.student), teacher=states(teacher))
     opd.train(run)
     moved = lambda name: (after[name] - before).abs().max().item()
-    assert {"frozen": moved("teacher") == 0 < moved("student"), "ema": 0 < moved("teacher") < moved("student"),
+    assert {"frozen": moved("teacher") == 0 < moved("student"),
+            "ema": 0 < moved("teacher") < moved("student"),
             "live": 0 < moved("teacher") == moved("student"),
             "snapshot": moved("teacher") == 0 < moved("student")}[kind]     # nobody has renewed it
     if kind == "snapshot":
@@ -399,7 +403,8 @@ def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
     expected, tokens = torch.rand(8).tolist(), run.state["sampled_tokens"]
     torch.manual_seed(1)
     pairs = [(opcod.cognizance(run, 0.2, "never", 0)["scores"], torch.rand(1).item()) for _ in range(8)]
-    assert counts == [15, 15] * 2 * 8 and list(run.clock) == ["gate"] and run.state["sampled_tokens"] == tokens
+    assert counts == [15, 15] * 2 * 8                            # two students, two domains of five prompts
+    assert list(run.clock) == ["gate"] and run.state["sampled_tokens"] == tokens
     assert [x for _, x in pairs] == expected                     # as if nothing had been measured
     assert all(scores == pairs[0][0] for scores, _ in pairs)     # each time with the same randomness
 
@@ -436,28 +441,30 @@ def test_without_feedback_opcod_is_sdpo_on_each_student(solvable):
     assert not torch.equal(parameters(both.students[0]), parameters(both.students[1]))
 
 
-@pytest.mark.parametrize("died_at, rank", [(2, 0), (4, 0), (6, 0), (6, 4)])   # in round 1, at its end, in 2
-def test_opcod_resumes_inside_a_round(solvable, monkeypatch, died_at, rank):
+@pytest.mark.parametrize("rank, deaths", [(0, (2, 4, 6)), (4, (6,))])
+def test_opcod_resumes_inside_a_round(solvable, monkeypatch, rank, deaths):
+    """Killed in round 1, at its end, in round 2: to the last bit what it would have been."""
     if rank:
         pytest.importorskip("peft", reason="optional: pip install peft")
     flags = dict(method="opcod", steps=4, rounds=2, save_every=1, tau=5, lora_rank=rank)
     whole = solvable(**flags)
     opd.train(whole)
-    cut = solvable(**flags)
-    monkeypatch.setattr(opd, "update", die_at(opd.update, died_at))
-    with pytest.raises(KeyboardInterrupt):
-        opd.train(cut)
-    monkeypatch.undo()
-    resumed = solvable(**flags, out=cut.out, resume=True)
-    assert resumed.state["step"] == died_at == sum(student.updates for student in resumed.students)
-    opd.train(resumed)
-    for old, new in zip(whole.students, resumed.students):
-        assert torch.equal(parameters(old), parameters(new))
-        averages = zip(*map(average_values, (old, new)), strict=True)
-        assert all(torch.equal(a, b) for a, b in averages)
-    lines = [[{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
-              for line in read_lines(run.out / "metrics.jsonl")] for run in (whole, resumed)]
-    assert lines[0] == lines[1]
+    for died_at in deaths:
+        cut = solvable(**flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(opd, "update", die_at(opd.update, died_at))
+            with pytest.raises(KeyboardInterrupt):
+                opd.train(cut)
+        resumed = solvable(**flags, out=cut.out, resume=True)
+        assert resumed.state["step"] == died_at == sum(student.updates for student in resumed.students)
+        opd.train(resumed)
+        for old, new in zip(whole.students, resumed.students):
+            assert torch.equal(parameters(old), parameters(new))
+            averages = zip(*map(average_values, (old, new)), strict=True)
+            assert all(torch.equal(a, b) for a, b in averages)
+        lines = [[{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
+                  for line in read_lines(run.out / "metrics.jsonl")] for run in (whole, resumed)]
+        assert lines[0] == lines[1]
 
 
 def test_resting_students_compute_the_same(solvable, monkeypatch):
