@@ -132,9 +132,7 @@ def family(name, seed, folder, tok, **more):
         for parameter in net.parameters():
             parameter.mul_(6 if parameter.ndim == 2 else 1).add_(0.1 * torch.randn_like(parameter))
             parameter.copy_(parameter.bfloat16())                # as checkpoints are
-    net.save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
+    return tiny(folder, net, tok, scale=1)
 
 
 @pytest.mark.parametrize("loss", ["rkl", "nll"])
@@ -423,7 +421,8 @@ def test_same_seed_same_numbers(start, method):
 
 
 def test_resume_continues_where_the_run_was(start, monkeypatch):
-    flags = dict(lr=1e-3, steps=6, method="opd")
+    """Weights, optimizer, prompts, randomness and learning rate, which counts the updates of a learner."""
+    flags = dict(lr=1e-3, steps=6, method="opd", lr_schedule="linear")
     whole = trained(start(**flags))
     cut = start(**flags, save_every=2)
     monkeypatch.setattr(opd, "update", die_at(opd.update, 5))
@@ -562,6 +561,27 @@ def test_rewards_belong_to_their_prompts(start, monkeypatch):
 def test_evaluating_changes_nothing(start, prompts):
     evals = dict(eval_prompts=[f"words={prompts('e')}"], eval_temperature=1.0, lr=1e-3, steps=4, method="opd")
     assert torch.equal(trained(start(**evals, eval_every=1)), trained(start(**evals)))
+
+
+def test_a_measurement_within_a_step_leaves_the_step_as_it_was(start, prompts):
+    """Its samples would change the step's own, its prompts the next step's, its tokens the costs of a run."""
+    run = start(eval_prompts=[f"words={prompts('e')}"], eval_temperature=1.0)
+    run.draw()
+    run.notes["pairs"] = 3
+
+    def everything():
+        return json.dumps([run.state, run.notes, run.clock]), torch.get_rng_state().tolist()
+
+    scores = []
+    for _ in range(2):
+        torch.rand(1)
+        before = everything()
+        with run.without_side_effects():
+            rollouts = run.sample(run.student, run.draw())
+            run.notes["pairs"] = 4
+            scores.append((run.evaluate(), [r.ids_T.tolist() for r in rollouts]))
+        assert everything() == before
+    assert scores[0] == scores[1]                   # and every measurement has the same randomness
 
 
 def test_every_epoch_shows_every_prompt_once(start, prompts):
