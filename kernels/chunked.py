@@ -80,8 +80,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
 
     grad, buffers, width = need_dX or need_dW, 1 if teacher is None else 2, -(-V // ALIGN) * ALIGN
     budget = spec.chunk_bytes or CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"]
-    chunk = budget // (buffers * width * work.itemsize)
-    chunk = max(1, min(chunk - chunk % TILE if chunk > TILE else chunk, len(used)))
+    chunk = rows_per_chunk(len(used), budget // (buffers * width * work.itemsize))
     z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
     stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
     dX = torch.empty_like(hidden_s) if need_dX else None
@@ -104,6 +103,15 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
         stats = {name: scatter(x) for name, x in stats.items()}
         dX = scatter(dX) if need_dX else None
     return loss, {name: x.float() for name, x in stats.items()}, dX, dW.to(grad_dtype) if need_dW else None
+
+
+def rows_per_chunk(rows, most):
+    """Rows of a chunk of at most `most`: whole tiles where they fit, and no small rest at the end."""
+    if rows <= most or most < TILE:
+        return max(1, min(rows, most))
+    most -= most % TILE
+    equal = -(-rows // -(-rows // most))
+    return min(most, -(-equal // TILE) * TILE)
 
 
 _held = threading.local()
