@@ -57,7 +57,8 @@ DEFAULTS = {                                # device, quick -> shapes, tokens, r
     ("cpu", False): (["small"], [512], 5, [32, 64, 128, 256]),
     ("cuda", True): (["8B-to-0.6B"], [2048], 3, [160, 640]),
     ("cuda", False): (list(SHAPES)[2:], [2048, 8192, 32768], 10, [320, 640, 1280, 2560, 5120])}
-VARIANTS = [(512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16)]    # BLOCK, WARPS
+VARIANTS = [(512, 4, 3), (1024, 4, 1), (1024, 4, 2), (1024, 4, 4), (1024, 8, 3), (2048, 4, 3), (2048, 8, 3),
+            (4096, 16, 3)]                  # BLOCK, WARPS, STAGES
 SECONDS = {"cpu": 60, "cuda": 4}            # a case starts no further round after so long,
 ROUNDS = 3                                  # but not before so many
 LOGIT_STD = 2.5
@@ -214,7 +215,7 @@ def measure(loss, inputs, names, repeat, device):
     for done in range(repeat):
         if done >= ROUNDS and time.perf_counter() - began > SECONDS[device]:
             break
-        for name in random.Random(done).sample(list(calls), len(calls)):    # a GPU is slower behind a busy one
+        for name in random.Random(done).sample(list(calls), len(calls)):    # a busy neighbour slows a GPU
             result, text = attempt(timed, calls[name], device)
             if text:
                 results[name] = {"text": text}
@@ -293,7 +294,7 @@ def gpu_median(before, call, repeat):
 
 
 def time_row_kernel(shape, losses, repeat, keep):
-    """The row kernel alone on one chunk's logits for several BLOCK and WARPS, beside a plain copy's speed."""
+    """The row kernel alone on 512 rows of logits in several variants, beside a plain copy's speed."""
     from . import rows_triton
     V, dtype = SHAPES[shape][2], torch.bfloat16
     width = -(-V // chunked.ALIGN) * chunked.ALIGN
@@ -307,20 +308,20 @@ def time_row_kernel(shape, losses, repeat, keep):
 
     copy = 2 * gibibyte.nbytes / gpu_median(overwrite, lambda: other.copy_(gibibyte), repeat)
     record = {"tokens": C, "copy_gb_per_second": copy / 1e9, "rows": []}
-    configured = rows_triton.BLOCK, rows_triton.WARPS
+    configured = rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES
     for loss in losses:
         spec = chunked.Spec(1.0, V, None, None, divergence=loss, knob=0.5 if loss == "jsd" else None)
         stats = {name: torch.zeros(C, device="cuda") for name in spec.stats(labels)}
         sweeps = 2 if loss in rows_triton.KL_FAMILY else 3          # each reads both logits
         moved = C * V * (sweeps * 2 * 4 + dtype.itemsize)           # and the last one writes dz
         for variant in dict.fromkeys([configured, *VARIANTS]):
-            rows_triton.BLOCK, rows_triton.WARPS = variant
+            rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES = variant
             seconds, text = attempt(gpu_median, overwrite, lambda: rows_triton.fill(
                 z, w, weight, labels, None, stats, spec, True, dtype), repeat)
             record["rows"].append([loss, *variant] + ([text, None, None] if text else [
                 seconds * 1e3, moved / seconds / 1e9, moved / seconds / copy]))
             keep(record)
-        rows_triton.BLOCK, rows_triton.WARPS = configured
+        rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES = configured
 
 
 # ---- the record, as text and as picture --------------------------------------------------------------------
@@ -371,7 +372,7 @@ def text_of(record):
     if kernel := record["row_kernel"]:
         parts += ["## The row kernel on {} tokens; a copy reads and writes {:.0f} GB/s".format(
                       kernel["tokens"], kernel["copy_gb_per_second"]),
-                  table(["loss", "BLOCK", "WARPS", "ms", "GB/s", "of the copy's"], kernel["rows"])]
+                  table(["loss", "BLOCK", "WARPS", "STAGES", "ms", "GB/s", "of the copy's"], kernel["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
