@@ -7,7 +7,8 @@ gradients (hidden states and head) are computed in the forward pass, chunk by ch
 and only scaled in backward.
 
 Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chunked.py with the row step
-of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
+of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits. README.md is the
+manual, with measurements.
 """
 import importlib.util
 import math
@@ -188,6 +189,7 @@ def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spe
         return (softcap * torch.tanh(z / softcap) if softcap else z).clamp(min=FLOOR)
 
     used = chunked.used_rows(weight, label_weight, labels, spec.vocab)
+    used = torch.arange(len(hidden_s), device=hidden_s.device) if used is None else used
     some = {}
     z = logits(hidden_s, head_s, spec.softcap_s)
     lp = torch.log_softmax(z / spec.temperature, -1)

@@ -392,7 +392,7 @@ def draw(record, path):
     rows = [row for row in record["cases"] if "text" not in row]
     names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
     several, shape = len(record["tokens"]) > 1, next(iter(record["shapes"]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(names) + 2.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.4 * len(names) + 2.2), layout="constrained")
     for loss in dict.fromkeys(row["loss"] for row in rows):
         style, shift = {"rkl": ("o-", -0.12), "jsd": ("s:", 0.12)}[loss]
         points = [(row["over_floor"], names.index(row["contestant"]) + shift)
@@ -413,8 +413,9 @@ def draw(record, path):
     if right.lines:
         right.set_xscale("log", base=2)
         right.set_yscale("log" if several else "linear")
-        right.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.suptitle(f"{record['device']}, {record['dtype']}, {record['date']}", fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def positive(text):

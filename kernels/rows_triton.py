@@ -56,7 +56,7 @@ def rkl(lp, lq, p, q, a, b):
 
 @row
 def jsd(lp, lq, p, q, a, b):
-    above_q, above_p = above_mixture(a, lq, lp)
+    above_q, above_p = log_mixture_gaps(a, lq, lp)
     pull = (1 - a) * p * above_p
     return a * q * above_q + pull, pull
 
@@ -69,13 +69,13 @@ def jeffreys(lp, lq, p, q, a, b):
 
 @row
 def skew_fkl(lp, lq, p, q, a, b):
-    above_q, _ = above_mixture(a, lq, lp)
+    above_q, _ = log_mixture_gaps(a, lq, lp)
     return q * above_q, (a - 1) * p * tl.exp(above_q)
 
 
 @row
 def skew_rkl(lp, lq, p, q, a, b):
-    above_p, _ = above_mixture(a, lp, lq)
+    above_p, _ = log_mixture_gaps(a, lp, lq)
     value = p * above_p
     return value, value + p - a * p * tl.exp(above_p)
 
@@ -106,7 +106,7 @@ def tvd(lp, lq, p, q, a, b):
 
 
 @triton.jit
-def above_mixture(a, x, y):
+def log_mixture_gaps(a, x, y):
     """(x - log m, y - log m) for m = a e^x + (1 - a) e^y, exact where x and y nearly agree."""
     ratio = y - x
     less = tl.exp(-tl.abs(ratio))                       # the smaller of both over the larger

@@ -46,8 +46,8 @@ part check 60 "$python" tests/gpu_check.py --device "$device"
 part tests 90 "$python" -m pytest -v --tb=short -p no:cacheprovider $(on "$parallel" "") \
     tests/test_kernels.py tests/test_models.py tests/test_peers.py \
     -k "$(on "(test_kernels and not benchmark and not compile_for) or cuda or gpu or swap" "ragged and rkl")"
-part bench 120 "$python" -m kernels.bench --device "$device" --out "$out" \
-    $(on "--shapes 8B-to-0.6B 8B-to-1.7B 4B-to-0.6B --tokens 2048 8192 --seconds 100" "--quick")
+part bench 115 "$python" -m kernels.bench --device "$device" --out "$out" \
+    $(on "--shapes 8B-to-0.6B 8B-to-1.7B --tokens 2048 8192 --seconds 90" "--quick")
 part decode 60 "$python" tests/gpu_decode.py --device "$device"
 part real 100 "$python" tests/real_size.py "$out" --device "$device" $(on "--rows plain" "")
 part small 240 "$python" opd.py --recipe small --quick --out "$scratch/small" --device "$device"
