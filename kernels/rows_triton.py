@@ -324,7 +324,7 @@ def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
     if factor != 1:                                     # the usual case costs a launch, not a pass
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, programs * BLOCK):
             at = first + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + at, mask=at < count)
+            x = tl.load(x_ptr + at, mask=at < count).to(tl.float32)
             tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
 
 

@@ -257,18 +257,20 @@ def test_gradcheck_and_backward_twice():
 
 
 @on_both
-def test_backward_twice_with_other_gradients_from_above(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_twice_with_other_gradients_from_above(backend, dtype):
     """The last backward scales in place what an earlier one had to leave as it is."""
-    c = case()
+    c = case(dtype)
     leaves = c["hidden_s"], c["head_s"]
     loss = linear_divergence(c["hidden_s"], c["head_s"], c["hidden_t"], c["head_t"], c["weight"],
                              backend=backend)[0]
     once = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
     twice = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
-    thrice = torch.autograd.grad(3 * loss, leaves)
-    for a, b, c in zip(once, twice, thrice):
-        torch.testing.assert_close(b, 2 * a, rtol=1e-6, atol=0)
-        torch.testing.assert_close(c, 3 * a, rtol=1e-6, atol=0)
+    last = torch.autograd.grad(3 * loss, leaves)
+    for a, b, c in zip(once, twice, last):
+        assert torch.equal(b, 2 * a)
+        rounding = 0 if dtype == torch.float32 else 2**-7        # Triton's interpreter cuts to bfloat16
+        torch.testing.assert_close(c.float(), 3 * a.float(), rtol=rounding, atol=0)
 
 
 @on_both
