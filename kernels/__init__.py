@@ -7,7 +7,8 @@ gradients (hidden states and head) are computed in the forward pass, chunk by ch
 and only scaled in backward.
 
 Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chunked.py with the row step
-of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits.
+of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits. README.md is the
+manual, with measurements.
 """
 import importlib.util
 import math
@@ -96,7 +97,7 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, back
     with torch.autocast(hidden_s.device.type, enabled=False):   # it would compute statistics in bf16
         if backend == "dense":
             return _dense(*tensors, spec, work)
-        loss, *stats = _Fused.apply(*tensors, spec, rows.fill, torch.is_grad_enabled())
+        loss, *stats = _Fused.apply(*tensors, spec, rows, torch.is_grad_enabled())
     return loss, dict(zip(spec.stats(labels), stats))
 
 
@@ -152,11 +153,12 @@ def _choose(backend, hidden, name):
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, fill, grad):
+    def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, rows, grad):
         dX, dW = (grad and need for need in ctx.needs_input_grad[:2])
-        loss, stats, dX, dW = chunked.run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels,
+        loss, stats, dX, dW = chunked.run(rows.fill, hidden_s, head_s, hidden_t, head_t, weight, labels,
                                           label_weight, spec, dX, dW)
         ctx.save_for_backward(dX, dW)
+        ctx.scale = rows.scale
         stats = tuple(stats[name] for name in spec.stats(labels))
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
@@ -166,8 +168,18 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         dX, dW = ctx.saved_tensors
         if not (upstream.is_cpu and upstream == 1):             # the usual case, and a pass over the head
-            dX, dW = (g if g is None else (g * upstream).to(g.dtype) for g in (dX, dW))
+            if _again():
+                dX, dW = (g if g is None else g.clone() for g in (dX, dW))
+            for g in (dX, dW):
+                if g is not None:
+                    ctx.scale(g, upstream)
         return dX, dW, *[None] * 8
+
+
+def _again():
+    """Whether a backward pass after the one that runs may want the saved gradients as they are."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is None or kept()
 
 
 def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work):
@@ -177,6 +189,7 @@ def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spe
         return (softcap * torch.tanh(z / softcap) if softcap else z).clamp(min=FLOOR)
 
     used = chunked.used_rows(weight, label_weight, labels, spec.vocab)
+    used = torch.arange(len(hidden_s), device=hidden_s.device) if used is None else used
     some = {}
     z = logits(hidden_s, head_s, spec.softcap_s)
     lp = torch.log_softmax(z / spec.temperature, -1)

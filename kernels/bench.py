@@ -5,7 +5,8 @@
 
 A case is a pair of models, a number of tokens N and a loss. All contestants of a case run in turn within each
 round, so that noise and clocks hit them alike. What counts is their time over that of "products" in the same
-round, in the median over rounds:
+round, in the median over rounds. Peers, which may take long to compile, come after everything else, each in
+rounds of its own with "products" and "ours":
 
     products       z = X W^T, w = Xt Wt^T, dX = Z W, dW = Z^T X: the floor, 2 N V (3 Hs + Ht) flops
     ours           kernels.linear_divergence with the labels' log-probabilities, and both gradients;
@@ -30,6 +31,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import random
 import re
 import signal
 import statistics
@@ -54,8 +56,9 @@ DEFAULTS = {                                # device, quick -> shapes, tokens, r
     ("cpu", True): (["tiny"], [128], 3, [1, 2, 4]),
     ("cpu", False): (["small"], [512], 5, [32, 64, 128, 256]),
     ("cuda", True): (["8B-to-0.6B"], [2048], 3, [160, 640]),
-    ("cuda", False): (list(SHAPES)[2:], [2048, 8192, 32768], 10, [160, 320, 640, 1280, 2560])}
-VARIANTS = [(512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16)]    # BLOCK, WARPS
+    ("cuda", False): (list(SHAPES)[2:], [2048, 8192, 32768], 10, [320, 640, 1280, 2560, 5120])}
+VARIANTS = [(512, 4, 3), (1024, 4, 1), (1024, 4, 2), (1024, 4, 4), (1024, 8, 3), (2048, 4, 3), (2048, 8, 3),
+            (4096, 16, 3)]                  # BLOCK, WARPS, STAGES
 SECONDS = {"cpu": 60, "cuda": 4}            # a case starts no further round after so long,
 ROUNDS = 3                                  # but not before so many
 LOGIT_STD = 2.5
@@ -91,7 +94,7 @@ def products(loss, X, W, Xt, Wt, labels):
     """
     X, W, chunk = X.detach(), W.detach(), len(X)
     if X.is_cuda:
-        chunk = min(chunk, FLOOR_BYTES // (2 * len(W) * X.element_size()))
+        chunk = chunked.rows_per_chunk(chunk, FLOOR_BYTES // (2 * len(W) * X.element_size()))
     outputs = lambda: (X.new_empty(2, chunk, len(W)), torch.empty_like(X), torch.empty_like(W))
     held = None if X.is_cuda else outputs()
 
@@ -152,9 +155,9 @@ def trl(loss, X, W, Xt, Wt, labels):
         ChunkedDivergenceFunction.apply(X, W, None, Xt, Wt, None, BETA[loss])[0].sum(), (X, W))
 
 
+PEERS = {"torch.compile": compiled, "liger chunked": liger_chunked, "liger fused": liger_fused, "trl": trl}
 CONTESTANTS = {"products": products, "ours": ours, "ours, torch": partial(ours, backend="torch"),
-               "naive torch": naive, "torch.compile": compiled, "liger fused": liger_fused,
-               "liger chunked": liger_chunked, "trl": trl}
+               "naive torch": naive, **PEERS}
 SIZES = {f"ours, {MiB} MiB": partial(ours, chunk_bytes=MiB << 20)
          for *_, sizes in DEFAULTS.values() for MiB in sizes}
 
@@ -212,9 +215,7 @@ def measure(loss, inputs, names, repeat, device):
     for done in range(repeat):
         if done >= ROUNDS and time.perf_counter() - began > SECONDS[device]:
             break
-        order = list(calls)
-        turn = done % max(1, len(order))                            # not always behind the same neighbour
-        for name in order[turn:] + order[:turn]:
+        for name in random.Random(done).sample(list(calls), len(calls)):    # a busy neighbour slows a GPU
             result, text = attempt(timed, calls[name], device)
             if text:
                 results[name] = {"text": text}
@@ -253,15 +254,19 @@ def memory_in_child(name, shape, N, loss):
 
 
 def run_case(shape, N, loss, names, args):
-    """One row per contestant, a dictionary. On a CPU what does not survive its child is not timed."""
+    """One row per contestant, a dictionary. On a CPU what does not survive its child is not timed.
+
+    "products" and "ours" run in every case, for the comparison, and have a row where they are among `names`.
+    """
     skipped = {"liger fused", *([] if args.compile else ["torch.compile"])} if args.device == "cpu" else ()
     rows = {name: {"text": "not run"} if name in skipped else {} for name in names}
     if args.device == "cpu" and not args.quick:
         rows = {name: row or memory_in_child(name, shape, N, loss) for name, row in rows.items()}
     able = [name for name in names if "text" not in rows[name]]
     inputs, text = attempt(make_inputs, shape, N, args.device)
-    results = ({name: {"text": text} for name in able} if text else
-               measure(loss, inputs, able, args.repeat, args.device))
+    together = list(dict.fromkeys(["products", "ours", *able]))
+    results = ({name: {"text": text} for name in able} if text or not able else
+               measure(loss, inputs, together, args.repeat, args.device))
     Hs, Ht, V = SHAPES[shape]
     for name, row in rows.items():
         row.update({key: x for key, x in results.get(name, {}).items() if x or key != "extra_bytes"})
@@ -269,45 +274,54 @@ def run_case(shape, N, loss, names, args):
         if row.get("seconds"):
             row["median_seconds"] = statistics.median(row["seconds"])
             row["tflops"] = 2 * N * V * (3 * Hs + Ht) / row["median_seconds"] / 1e12
-            floor = rows["products"].get("seconds") or [math.nan]
+            floor = results["products"].get("seconds") or [math.nan]
             row["over_floor"] = statistics.median(mine / best for mine, best in zip(row["seconds"], floor))
     return list(rows.values())
 
 
-def time_row_kernel(shape, losses, repeat):
-    """The row kernel alone on one chunk's logits for several BLOCK and WARPS, beside a plain copy's speed."""
+def gpu_median(before, call, repeat):
+    """Median seconds of one short call. The GPU is busy with `before` while the host prepares the launch."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
+    before(), call()                                # compiles
+    torch.cuda.synchronize()
+    for start, end in events:
+        before()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def time_row_kernel(shape, losses, repeat, keep):
+    """The row kernel alone on 512 rows of logits in several variants, beside a plain copy's speed."""
     from . import rows_triton
     V, dtype = SHAPES[shape][2], torch.bfloat16
     width = -(-V // chunked.ALIGN) * chunked.ALIGN
-    C = chunked.CHUNK_BYTES["gpu"] // (2 * width * 4) // chunked.TILE * chunked.TILE
+    C = chunked.TILE * 4
     fresh = torch.randn(2, C, width, device="cuda").mul_(LOGIT_STD)
     logits = torch.empty_like(fresh)
     z, w = logits[..., :V]
     labels, weight = torch.randint(V, (C,), device="cuda"), torch.ones(C, device="cuda")
-    gibibyte = torch.ones(1 << 28, device="cuda")
+    gibibyte, other = (torch.ones(1 << 28, device="cuda") for _ in range(2))
+    overwrite = lambda: logits.copy_(fresh)         # the kernel overwrites its logits
 
-    def median(call):
-        seconds = []
-        for _ in range(repeat + 1):                 # the first one compiles
-            logits.copy_(fresh)                     # the kernel overwrites its logits
-            seconds.append(timed(call, "cuda")[0])
-        return statistics.median(seconds[1:])
-
-    copy, rows = 2 * gibibyte.nbytes / median(gibibyte.clone), []
-    configured = rows_triton.BLOCK, rows_triton.WARPS
+    copy = 2 * gibibyte.nbytes / gpu_median(overwrite, lambda: other.copy_(gibibyte), repeat)
+    record = {"tokens": C, "copy_gb_per_second": copy / 1e9, "rows": []}
+    configured = rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES
     for loss in losses:
         spec = chunked.Spec(1.0, V, None, None, divergence=loss, knob=0.5 if loss == "jsd" else None)
         stats = {name: torch.zeros(C, device="cuda") for name in spec.stats(labels)}
         sweeps = 2 if loss in rows_triton.KL_FAMILY else 3          # each reads both logits
         moved = C * V * (sweeps * 2 * 4 + dtype.itemsize)           # and the last one writes dz
         for variant in dict.fromkeys([configured, *VARIANTS]):
-            rows_triton.BLOCK, rows_triton.WARPS = variant
-            seconds, text = attempt(median, lambda: rows_triton.fill(
-                z, w, weight, labels, None, stats, spec, True, dtype))
-            rows.append([loss, *variant] + ([text, None, None] if text else
-                                            [seconds * 1e3, moved / seconds / 1e9, moved / seconds / copy]))
-        rows_triton.BLOCK, rows_triton.WARPS = configured
-    return {"tokens": C, "copy_gb_per_second": copy / 1e9, "rows": rows}
+            rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES = variant
+            seconds, text = attempt(gpu_median, overwrite, lambda: rows_triton.fill(
+                z, w, weight, labels, None, stats, spec, True, dtype), repeat)
+            record["rows"].append([loss, *variant] + ([text, None, None] if text else [
+                seconds * 1e3, moved / seconds / 1e9, moved / seconds / copy]))
+            keep(record)
+        rows_triton.BLOCK, rows_triton.WARPS, rows_triton.STAGES = configured
 
 
 # ---- the record, as text and as picture --------------------------------------------------------------------
@@ -340,6 +354,12 @@ def numbers(row):
     return [f"{row['median_seconds'] * 1e3:.1f}", f"{row['over_floor']:.2f}", row["tflops"], extra]
 
 
+def place(row):
+    """Where a row stands in its table."""
+    order = [*CONTESTANTS, *SIZES, "all"]
+    return [*BETA].index(row["loss"]), row["tokens"], order.index(row["contestant"])
+
+
 def text_of(record):
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     parts = [f"# {record['device']}, {record['dtype']}, {record['date']}",
@@ -348,18 +368,17 @@ def text_of(record):
         parts += ["## {} (Hs {}, Ht {}, V {})".format(shape, *sizes),
                   table(["loss", "N", "", "ms", "over floor", "TFLOP/s", "extra MiB"],
                         [[row["loss"], row["tokens"], row["contestant"], *numbers(row)]
-                         for row in record["cases"] if row["shape"] == shape])]
+                         for row in sorted(record["cases"], key=place) if row["shape"] == shape])]
     if kernel := record["row_kernel"]:
         parts += ["## The row kernel on {} tokens; a copy reads and writes {:.0f} GB/s".format(
                       kernel["tokens"], kernel["copy_gb_per_second"]),
-                  table(["loss", "BLOCK", "WARPS", "ms", "GB/s", "of the copy's"], kernel["rows"])]
+                  table(["loss", "BLOCK", "WARPS", "STAGES", "ms", "GB/s", "of the copy's"], kernel["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
 def write(record, out):
     (out / "bench.json").write_text(json.dumps(record) + "\n")
     (out / "bench.md").write_text(text_of(record))
-    draw(record, out / "bench.png")
 
 
 def draw(record, path):
@@ -373,7 +392,7 @@ def draw(record, path):
     rows = [row for row in record["cases"] if "text" not in row]
     names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
     several, shape = len(record["tokens"]) > 1, next(iter(record["shapes"]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(names) + 2.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.4 * len(names) + 2.2), layout="constrained")
     for loss in dict.fromkeys(row["loss"] for row in rows):
         style, shift = {"rkl": ("o-", -0.12), "jsd": ("s:", 0.12)}[loss]
         points = [(row["over_floor"], names.index(row["contestant"]) + shift)
@@ -394,8 +413,9 @@ def draw(record, path):
     if right.lines:
         right.set_xscale("log", base=2)
         right.set_yscale("log" if several else "linear")
-        right.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.suptitle(f"{record['device']}, {record['dtype']}, {record['date']}", fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def positive(text):
@@ -429,6 +449,8 @@ def main():
         args.shapes or shapes, args.repeat or repeat, sorted(set(args.tokens or tokens)))
     cases = [(shape, N, loss) for shape in args.shapes for N in args.tokens for loss in args.losses
              if everything or N < args.tokens[-1] or shape == args.shapes[0]]
+    peers = [(*case, [peer]) for case in sorted(cases, key=lambda case: -case[1]) for peer in
+             reversed(PEERS)]                               # the longest to compile comes last
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -440,20 +462,27 @@ def main():
                       "torch", "triton", "liger-kernel", "trl", "transformers")}},
                   dtype="bfloat16" if args.device == "cuda" else "float32", tokens=args.tokens,
                   shapes={name: SHAPES[name] for name in args.shapes}, cases=[], row_kernel=None)
+    def keep(kernel=None):                                  # a run that is stopped has what it has measured
+        record.update(row_kernel=kernel or record["row_kernel"], wall_seconds=time.perf_counter() - began)
+        write(record, args.out)
+
     if args.device == "cuda":
-        record["row_kernel"] = time_row_kernel(args.shapes[0], args.losses, args.repeat)
-    for shape, N, loss in (progress := tqdm(cases, unit="case")):
+        time_row_kernel(args.shapes[0], args.losses, args.repeat, keep)
+    ours_alone = [name for name in CONTESTANTS if name not in PEERS and not (
+        args.device == "cpu" and name == "ours, torch")]
+    largest = args.shapes[0], args.tokens[-1]
+    cases = [(*case, ours_alone + [f"ours, {MiB} MiB" for MiB in sizes if case[:2] == largest])
+             for case in cases] + peers
+    for shape, N, loss, names in (progress := tqdm(cases, unit="case")):
         if args.seconds and time.perf_counter() - began > args.seconds:
-            record["cases"] += [dict(shape=shape, tokens=N, loss=loss, contestant="all", text="not run")]
+            record["cases"] += [dict(shape=shape, tokens=N, loss=loss, contestant=name, text="not run")
+                                for name in names]
             continue
-        progress.set_description(f"{shape}, N {N}, {loss}")
-        names = [name for name in CONTESTANTS if args.device == "cuda" or name != "ours, torch"]
-        if (shape, N) == (args.shapes[0], args.tokens[-1]):
-            names += [f"ours, {MiB} MiB" for MiB in sizes]
+        progress.set_description(f"{shape}, N {N}, {loss}" + f", {names[0]}" * (len(names) == 1))
         record["cases"] += run_case(shape, N, loss, names, args)
-        record["wall_seconds"] = time.perf_counter() - began
-        write(record, args.out)                             # a run that is stopped keeps what it has measured
-    write(record, args.out)
+        keep()
+    keep()
+    draw(record, args.out / "bench.png")
     print(text_of(record))
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = {"cpu": 104 << 20, "gpu": 640 << 20}      # both logit buffers
+CHUNK_BYTES = {"cpu": 104 << 20, "gpu": 1280 << 20}     # both logit buffers
 ALIGN = 64                                              # columns: rows of the buffers start on 256 bytes
+PRODUCTS = {"cpu": 1, "gpu": ALIGN}                     # columns of the products, which cuBLAS wants even
 TILE = 128                                              # a chunk of whole tiles of the matrix products
 
 
@@ -40,17 +41,18 @@ class Spec:
 
 
 def used_rows(weight, label_weight, labels, vocab):
-    """Indices of tokens that any weight keeps. Others get no work, exact zero gradients and statistics.
+    """Indices of tokens that any weight keeps; None: all. Others get no work, exact zeros, no statistics.
 
-    Labels of the kept ones that are not within the vocabulary are refused.
+    Labels of the kept ones that are not within the vocabulary are refused. A GPU waits for this once.
     """
-    kept = [w != 0 for w in (weight, label_weight) if w is not None]
-    used = torch.stack(kept).any(0).nonzero()[:, 0]
-    if labels is not None and len(used):
-        least, most = labels[used].aminmax()
-        if least < 0 or most >= vocab:
-            raise ValueError(f"labels go from {least} to {most}, but the vocabulary has {vocab} ids")
-    return used
+    kept, *more = [w != 0 for w in (weight, label_weight) if w is not None]
+    kept = kept | more[0] if more else kept
+    foreign = torch.zeros_like(kept) if labels is None else kept & ((labels < 0) | (labels >= vocab))
+    kept_number, foreign_number = torch.stack([kept, foreign]).sum(1).tolist()
+    if foreign_number:
+        least, most = labels[kept].aminmax()
+        raise ValueError(f"labels go from {least} to {most}, but the vocabulary has {vocab} ids")
+    return None if kept_number == len(kept) else kept.nonzero()[:, 0]
 
 
 def weighted(stats, weight, label_weight):
@@ -69,41 +71,66 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
     fill: the row step, which returns dLoss/dz of a chunk (see rows_torch.fill).
     """
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
-    V, N, device, grad_dtype = spec.vocab, len(hidden_s), hidden_s.device, head_s.dtype
-    hidden_s, head_s = hidden_s.detach(), head_s.detach().to(hidden_s.dtype)
-    teacher = None if head_t is None else (hidden_t.detach(), head_t.detach().to(hidden_t.dtype))
-    used = used_rows(weight, label_weight, labels, V)
-    if len(used) < N:
-        hidden_s, weight, labels, label_weight = (
-            x if x is None else x[used] for x in (hidden_s, weight, labels, label_weight))
-        teacher = teacher and (teacher[0][used], teacher[1])
+    N, device, grad_dtype, (rows, Hs) = len(hidden_s), hidden_s.device, head_s.dtype, head_s.shape
+    V, where = spec.vocab, "cpu" if device.type == "cpu" else "gpu"
+    columns = -(-V // PRODUCTS[where]) * PRODUCTS[where]
+    hidden_s, head_s = hidden_s.detach(), first_rows(head_s.detach(), columns, hidden_s.dtype)
+    if head_t is not None:
+        hidden_t, head_t = hidden_t.detach(), first_rows(head_t.detach(), columns, hidden_t.dtype)
+    dW = torch.zeros(max(rows, columns), Hs, dtype=work, device=device) if need_dW else None
+    used = used_rows(weight, label_weight, labels, V)           # what is above keeps a GPU busy meanwhile
+    if used is not None:
+        hidden_s, hidden_t, weight, labels, label_weight = (
+            x if x is None else x[used] for x in (hidden_s, hidden_t, weight, labels, label_weight))
 
-    grad, buffers, width = need_dX or need_dW, 1 if teacher is None else 2, -(-V // ALIGN) * ALIGN
-    budget = spec.chunk_bytes or CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"]
-    chunk = budget // (buffers * width * work.itemsize)
-    chunk = max(1, min(chunk - chunk % TILE if chunk > TILE else chunk, len(used)))
+    grad, buffers, width = need_dX or need_dW, 1 if head_t is None else 2, -(-V // ALIGN) * ALIGN
+    budget = spec.chunk_bytes or CHUNK_BYTES[where]
+    count = len(hidden_s)
+    chunk = rows_per_chunk(count, budget // (buffers * width * work.itemsize))
     z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
-    stats = {name: torch.zeros(len(used), dtype=work, device=device) for name in spec.stats(labels)}
+    names, room = spec.stats(labels), -(-count // ALIGN) * ALIGN        # aligned, or Triton compiles again
+    stats = dict(zip(names, torch.zeros(len(names), room, dtype=work, device=device)[:, :count]))
     dX = torch.empty_like(hidden_s) if need_dX else None
-    dW = torch.zeros(head_s.shape, dtype=work, device=device) if need_dW else None
 
-    for start in range(0, len(used), chunk):
-        at = slice(start, min(start + chunk, len(used)))
-        z = product(hidden_s[at], head_s[:V], z_buffer)
-        w = product(teacher[0][at], teacher[1][:V], *w_buffer) if teacher else None
+    for start in range(0, count, chunk):
+        at = slice(start, min(start + chunk, count))
+        z = product(hidden_s[at], head_s, z_buffer)
+        w = None if head_t is None else product(hidden_t[at], head_t, *w_buffer)
         dz = fill(z, w, *(x if x is None else x[at] for x in (weight, labels, label_weight)),
                   {name: x[at] for name, x in stats.items()}, spec, grad, hidden_s.dtype)
         if need_dX:
-            torch.mm(dz, head_s[:V], out=dX[at])
+            torch.mm(dz, head_s, out=dX[at])
         if need_dW:
-            accumulate(dW[:V], dz, hidden_s[at])
+            accumulate(dW[:columns], dz, hidden_s[at])
     z = w = dz = z_buffer = w_buffer = None                     # freed before dW is copied
     loss = weighted(stats, weight, label_weight)
-    if len(used) < N:
+    if used is not None:
         scatter = lambda x: x.new_zeros(N, *x.shape[1:]).index_copy_(0, used, x)
         stats = {name: scatter(x) for name, x in stats.items()}
         dX = scatter(dX) if need_dX else None
-    return loss, {name: x.float() for name, x in stats.items()}, dX, dW.to(grad_dtype) if need_dW else None
+    dW = dW[:rows].to(grad_dtype) if need_dW else None
+    return loss, {name: x.float() for name, x in stats.items()}, dX, dW
+
+
+def first_rows(head, rows, dtype):
+    """Rows of a head in `dtype`, with zeros where it has fewer.
+
+    Those behind the vocabulary, if it has them, meet gradients of exactly 0 and must be finite.
+    """
+    if len(head) >= rows:
+        return head[:rows].to(dtype)
+    out = head.new_zeros((rows, head.shape[1]), dtype=dtype)
+    out[:len(head)] = head
+    return out
+
+
+def rows_per_chunk(rows, most):
+    """Rows of a chunk of at most `most`: whole tiles where they fit, and no small rest at the end."""
+    if rows <= most or most < TILE:
+        return max(1, min(rows, most))
+    most -= most % TILE
+    equal = -(-rows // -(-rows // most))
+    return min(most, -(-equal // TILE) * TILE)
 
 
 _held = threading.local()

@@ -12,15 +12,24 @@ BLOCK = {"cpu": 200_000, "gpu": 1 << 24}        # logits per block of rows
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     """Fill `stats` (name -> [C]) from logits z and w (None: no teacher), and overwrite both.
 
-    With `grad`, returns dLoss/dz_CV in `dtype`.
+    With `grad`, returns dLoss/dz_CV in `dtype`. Columns behind spec.vocab are no logits: their gradient is 0.
     """
-    C, V = z_CV.shape
+    C, V = len(z_CV), spec.vocab
     step = max(1, BLOCK["cpu" if z_CV.device.type == "cpu" else "gpu"] // V)
     for first in range(0, C, step):
         rows = slice(first, first + step)
-        block(*(x if x is None else x[rows] for x in (z_CV, w_CV, weight, labels, label_weight)),
+        z, w = (x if x is None else x[rows, :V] for x in (z_CV, w_CV))
+        block(z, w, *(x if x is None else x[rows] for x in (weight, labels, label_weight)),
               {name: x[rows] for name, x in stats.items()}, spec, grad)
-    return z_CV.to(dtype) if grad else None
+    if not grad:
+        return None
+    z_CV[:, V:] = 0
+    return z_CV.to(dtype)
+
+
+def scale(gradient, factor):
+    """gradient *= factor, a tensor of one number."""
+    gradient.mul_(factor)
 
 
 def block(z, w, weight, labels, label_weight, stats, spec, grad):

@@ -8,17 +8,30 @@ One program per row, sweeping over the vocabulary in blocks:
 
 Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
 e^u f(u) is rescaled when m moves. Gradients are stored in the dtype that the next matrix products want; where
-that is narrower than the logits' float32 they fill the first half of the logits' own row.
+that is narrower than the logits' float32 they fill the first half of the logits' own row. The next blocks are
+on their way while one is worked on: what a block's gradient overwrites has been read before.
 """
+import os
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 import losses
 
-FLOOR, MASKED = tl.constexpr(losses.FLOOR), tl.constexpr(losses.MASKED)
-CLAMP, TINY = tl.constexpr(losses.CLAMP), tl.constexpr(torch.finfo(torch.float32).tiny)
-BLOCK, WARPS = 1024, 4      # vocabulary entries per step of a sweep, warps per program
+FLOOR, MASKED, CLAMP = map(tl.constexpr, (losses.FLOOR, losses.MASKED, losses.CLAMP))
+BLOCK, WARPS, STAGES = 1024, 4, 3       # entries per step of a sweep, warps per program, steps in flight
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    @triton.jit
+    def fast_log(x):
+        return tl.log(x)
+else:
+    @triton.jit
+    def fast_log(x):
+        """The GPU's own logarithm, off by at most 2^-22 where x is about 1. The interpreter has none."""
+        return libdevice.fast_logf(x)
 
 
 # ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
@@ -43,9 +56,9 @@ def rkl(lp, lq, p, q, a, b):
 
 @row
 def jsd(lp, lq, p, q, a, b):
-    lm = log_mixture(a, q, p)
-    pull = (1 - a) * p * (lp - lm)
-    return a * q * (lq - lm) + pull, pull
+    above_q, above_p = log_mixture_gaps(a, lq, lp)
+    pull = (1 - a) * p * above_p
+    return a * q * above_q + pull, pull
 
 
 @row
@@ -56,15 +69,15 @@ def jeffreys(lp, lq, p, q, a, b):
 
 @row
 def skew_fkl(lp, lq, p, q, a, b):
-    lm = log_mixture(a, q, p)
-    return q * (lq - lm), (a - 1) * p * tl.exp(lq - lm)
+    above_q, _ = log_mixture_gaps(a, lq, lp)
+    return q * above_q, (a - 1) * p * tl.exp(above_q)
 
 
 @row
 def skew_rkl(lp, lq, p, q, a, b):
-    lm = log_mixture(a, p, q)
-    value = p * (lp - lm)
-    return value, value + p - a * p * tl.exp(lp - lm)
+    above_p, _ = log_mixture_gaps(a, lp, lq)
+    value = p * above_p
+    return value, value + p - a * p * tl.exp(above_p)
 
 
 @row
@@ -93,8 +106,12 @@ def tvd(lp, lq, p, q, a, b):
 
 
 @triton.jit
-def log_mixture(a, p, q):
-    return tl.log(tl.maximum(a * p + (1 - a) * q, TINY))
+def log_mixture_gaps(a, x, y):
+    """(x - log m, y - log m) for m = a e^x + (1 - a) e^y, exact where x and y nearly agree."""
+    ratio = y - x
+    less = tl.exp(-tl.abs(ratio))                       # the smaller of both over the larger
+    log = fast_log(tl.where(ratio > 0, a * less + (1 - a), a + (1 - a) * less))
+    return -tl.maximum(ratio, 0.0) - log, tl.minimum(ratio, 0.0) - log
 
 
 KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True)}    # KL(q || p), KL(p || q)
@@ -147,7 +164,8 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                value_ptr, entropy_s_ptr, entropy_t_ptr, top1_agree_ptr, logprob_s_ptr, logprob_t_ptr,
                stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b,
                mass_slope, ROW: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-               MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr):
+               MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+               STAGES: tl.constexpr):
     """Pointers may be None: w no teacher, dz no gradient, label and label_weight none, threshold no top-k."""
     TEACHER: tl.constexpr = w_ptr is not None
     KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full"
@@ -169,7 +187,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
         if PART:                                        # the entries that count (renorm) or the others (tail)
             m_z_part, Z_z_part, m_w_part, Z_w_part = lowest, zeros, lowest, zeros
 
-    for first in range(0, V, BLOCK):
+    for first in tl.range(0, V, BLOCK, num_stages=STAGES):
         columns = first + lanes
         z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
         if TEACHER:                                     # loaded before the first reduction waits
@@ -229,7 +247,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 slope -= 1
         else:
             values, slopes = zeros, zeros
-            for first in range(0, V, BLOCK):
+            for first in tl.range(0, V, BLOCK, num_stages=STAGES):
                 columns = first + lanes
                 z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
@@ -253,7 +271,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
             weight = tl.load(weight_ptr + row) + broken
         if label_weight_ptr is not None:
             label_weight = tl.load(label_weight_ptr + row)
-        for first in range(0, V, BLOCK):
+        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             columns = first + lanes
             z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
             dz = zeros
@@ -277,13 +295,13 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     """rows_torch.fill in one kernel. The logits are float32 and one chunk's buffers, of equal row strides."""
-    C, V = z_CV.shape
-    dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :V]
+    (C, columns), V = z_CV.shape, spec.vocab
+    dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :columns]
     whose, _, form = spec.support.partition("_")
     threshold = None
     if form:
         x_CV = z_CV if whose == "student" else w_CV
-        threshold = x_CV.topk(min(spec.top_k, V), sorted=False).values.amin(-1)
+        threshold = x_CV[:, :V].topk(min(spec.top_k, V), sorted=False).values.amin(-1)
     name, knob = spec.divergence or "fkl", spec.knob
     a, b = knob if isinstance(knob, tuple) else (knob or 0.0, 0.0)
     forward, reverse = KL_FAMILY.get(name, (False, False))
@@ -296,5 +314,22 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
             losses.mass_slope(name, knob) if form == "sg" else 0.0,
             ROW=ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
             BY_STUDENT=whose == "student", FORM=form or "full",
-            BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
+            BLOCK=min(BLOCK, triton.next_power_of_2(V)), STAGES=STAGES, num_warps=WARPS)
     return dz_CV if grad else None
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:                                     # the usual case costs a launch, not a pass
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, programs * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < count).to(tl.float32)
+            tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
+
+
+def scale(gradient, factor):
+    """rows_torch.scale for a contiguous tensor, without a look at the factor from the host."""
+    programs = min(1024, triton.cdiv(gradient.numel(), 1024)) or 1
+    with torch.cuda.device_of(gradient):
+        scale_kernel[(programs,)](gradient, factor, gradient.numel(), programs, BLOCK=1024)

@@ -1,8 +1,9 @@
 """Compile the row kernel for sm_80 and sm_90, without a GPU. Prints a JSON list of
 (row, architecture, form, registers, stack, wide, barrier) per variant.
 
-stack: bytes, where spilled registers would be. wide: logits are loaded 16 bytes at a time. barrier: one comes
-right before the stores of the gradient, which overwrite other threads' logits.
+stack: bytes, where spilled registers would be. wide: logits are loaded 16 bytes at a time, and those that are
+fetched ahead copied so. barrier: one comes right before the stores of the gradient, which overwrite other
+threads' logits.
 """
 import json
 import re
@@ -27,7 +28,7 @@ def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=
     names = rows_triton.row_kernel.arg_names
     forward, reverse = rows_triton.KL_FAMILY.get(name, (False, False))
     constants = dict(ROW=rows_triton.ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=mix, BY_STUDENT=True,
-                     FORM=form, BLOCK=rows_triton.BLOCK)
+                     FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
     constants |= dict.fromkeys([*without, *(["threshold_ptr"] if form == "full" else []),
                                 *([] if softcap else ["softcap_s", "softcap_t"])])
     types = {"label_ptr": "*i64", "dz_ptr": f"*{dz}", "stride": "i32", "dz_stride": "i32", "V": "i32"}
@@ -59,6 +60,8 @@ for name, arch, options in variants:
     kernel = compiled(name, arch, **options)
     ptx = kernel.asm["ptx"]
     before_stores = re.split(r"ld\.global|\$L__BB\d+_\d+:", ptx.rpartition("st.global.v4")[0])[-1]
-    rows.append((name, arch, options.get("form", "full"), *resources(kernel), "ld.global.v4.b32" in ptx,
-                 "bar.sync" in before_stores or "dz_ptr" in options.get("without", ())))
+    stores = "dz_ptr" not in options.get("without", ())
+    wide = "cp.async.cg" in ptx and "cp.async.ca" not in ptx and ("ld.global.v4.b32" in ptx or not stores)
+    rows.append((name, arch, options.get("form", "full"), *resources(kernel), wide,
+                 "bar.sync" in before_stores or not stores))
 print(json.dumps(rows))

@@ -1,39 +1,57 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bash tests/gpu.sh OUT [tests] [bench] [small] [real]; all parts without a name
-#   tests   tests.txt                        the tests that use the device, under five minutes
-#   small   small.md small.json small.png    the small world in short form, and its steps in small.txt; beside the tests
-#   bench   bench.md bench.json bench.png    the fused loss against its floor and its peers, at most four minutes
-#   real    real_size.md real_size.json      steps of Qwen3-0.6B and 4B, memory beside its prediction, at most eight
-# Uses the python3 that is there, installs and downloads nothing. One part that fails does not stop the others.
+# Everything that needs a GPU, what matters most first, in at most eight minutes:
+#
+#   bash tests/gpu.sh OUT [check] [tests] [bench] [decode] [real] [small]       all but small without a name
+#   DEVICE=cpu bash tests/gpu.sh OUT [parts]                                    the same in small: does it run?
+#
+#   check   is the fused loss right at real size; the card's ceilings, the speed of each matrix product
+#   tests   the tests that use the device
+#   bench   bench.md bench.json bench.png: the row kernel, the fused loss against its floor and its peers
+#   decode  milliseconds per sampled token: generate, and a step in a CUDA graph (tests/decode.py)
+#   real    real_size.md real_size.json: steps of Qwen3-0.6B and 4B, memory beside its prediction
+#   small   the small world in short form, four more minutes
+#
+# All text goes to log.txt as it comes, one line per part to summary.txt: at most 7 files. Every part has a limit
+# of its own, and one that fails or hangs does not stop the next. Uses the python3 that is there (PYTHON=...),
+# installs and downloads nothing.
 set -uo pipefail
-out="$(mkdir -p "${1:?usage: bash tests/gpu.sh OUT [tests] [bench] [small] [real]}" && cd "$1" && pwd)" || exit 1
+out="$(mkdir -p "${1:?usage: bash tests/gpu.sh OUT [check] [tests] [bench] [decode] [real] [small]}" && cd "$1" && pwd)" || exit 1
 shift
 cd "$(dirname "$0")/.."
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { echo "torch sees no GPU" >&2; exit 1; }
-wanted() { [ -z "$parts" ] || [[ " $parts " == *" $1 "* ]]; }
-parts="$*"
-failed=0
-
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-world="$scratch/small"
-if wanted small; then
-    timeout 290 python3 opd.py --recipe small --quick --out "$world" >"$out/small.txt" 2>&1 &
-    small=$!
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false TRITON_CACHE_DIR="$scratch/triton"
+device="${DEVICE:-cuda}" python="${PYTHON:-python3}" parts=" ${*:-check tests bench decode real} " failed=0
+if [ "$device" = cuda ]; then
+    "$python" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { echo "torch sees no GPU" >&2; exit 1; }
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu \
+        --format=csv | tee "$out/summary.txt"
+else
+    echo "$device" | tee "$out/summary.txt"
 fi
-if wanted tests; then
-    parallel="$(python3 -c "import xdist; print('-n 6')" 2>/dev/null)"      # most of the time goes into compiling
-    timeout 290 python3 -m pytest -q -p no:cacheprovider $parallel tests/test_kernels.py tests/test_models.py tests/test_peers.py 2>&1 |
-        tee "$out/tests.txt" || failed=1
-fi
-if wanted small; then
-    wait $small || failed=1                         # what follows has the machine for itself
-    cat "$out/small.txt"
-    for pair in report.md:small.md results.json:small.json curves.png:small.png; do
-        cp "$world/${pair%%:*}" "$out/${pair##*:}" || failed=1
-    done
-fi
-if wanted bench; then timeout 240 python3 -m kernels.bench --device cuda --seconds 180 --out "$out" || failed=1; fi
-if wanted real; then timeout 480 python3 tests/real_size.py "$out" || failed=1; fi
+on() { if [ "$device" = cuda ]; then echo "$1"; else echo "$2"; fi; }
+part() {                                        # part NAME SECONDS COMMAND
+    [[ "$parts" == *" $1 "* ]] || return 0
+    local name=$1 limit=$2 began=$SECONDS rc
+    shift 2
+    echo "== $name" >>"$out/log.txt"
+    timeout -k 5 "$limit" "$@" >>"$out/log.txt" 2>&1
+    rc=$?
+    echo "$name: exit $rc, $((SECONDS - began)) s of $limit" | tee -a "$out/summary.txt"
+    [ $rc = 0 ] || failed=1
+}
+
+parallel="$("$python" -c "import xdist; print('-n 12')" 2>/dev/null)"        # most of the time goes into compiling
+part check 60 "$python" tests/gpu_check.py --device "$device"
+part tests 90 "$python" -m pytest -v --tb=short -p no:cacheprovider $(on "$parallel" "") \
+    tests/test_kernels.py tests/test_models.py tests/test_peers.py \
+    -k "$(on "(test_kernels and not benchmark and not compile_for) or cuda or gpu or swap" "ragged and rkl")"
+part bench 115 "$python" -m kernels.bench --device "$device" --out "$out" \
+    $(on "--shapes 8B-to-0.6B 8B-to-1.7B --tokens 2048 8192 --seconds 90" "--quick")
+part decode 60 "$python" tests/gpu_decode.py --device "$device"
+part real 100 "$python" tests/real_size.py "$out" --device "$device" $(on "--rows plain" "")
+part small 240 "$python" opd.py --recipe small --quick --out "$scratch/small" --device "$device"
+grep -aE " FAIL|^FAILED|passed|failed|tokens/s|TFLOP/s|TB/s" "$out/log.txt" | tail -n 80
+for table in bench.md real_size.md; do [ ! -f "$out/$table" ] || cat "$out/$table"; done
+cat "$out/summary.txt"
 exit $failed

@@ -2,14 +2,17 @@
 
     python tests/real_size.py OUT               Qwen3-4B teaches Qwen3-0.6B, and itself with LoRA; needs a GPU
     python tests/real_size.py OUT --device cpu  the same in small: does it run?
+    python tests/real_size.py OUT --rows plain swap --steps 2 --batch 64 --max_new_tokens 128
 
-Every row is a call of opd.py as a user would make it. Writes OUT/real_size.md and real_size.json.
+Every row is a call of opd.py as a user would make it; one that fails does not stop the next. The times are
+those of the last step. Writes OUT/real_size.md and real_size.json after every row.
 """
 import argparse
 import importlib.util
 import json
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,10 +32,11 @@ QWEN3 = {"0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layer
          "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
          "small": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=2)}
 ROWS = {  # name -> (student, teacher, flags); two models per size, so that only LoRA shares one
-    "as it is": ("student", "teacher", []),
-    "--gradient_checkpointing": ("student", "teacher", ["--gradient_checkpointing"]),
-    "--teacher_device swap": ("student", "teacher", ["--teacher_device", "swap"]),
-    "teacher + LoRA, by itself": ("teacher", "teacher", ["--lora_rank", "16", "--gradient_checkpointing"])}
+    "plain": ("student", "teacher", []),
+    "checkpointing": ("student", "teacher", ["--gradient_checkpointing"]),
+    "swap": ("student", "teacher", ["--teacher_device", "swap"]),
+    "lora": ("teacher", "teacher", ["--lora_rank", "16", "--gradient_checkpointing"])}
+ROOM = 40 << 30         # bytes that models and a run's last checkpoint may need; a disk in memory is faster
 
 
 def write_models(folder, sizes, ids, rows, device):
@@ -63,24 +67,35 @@ def measure(folder, name, student, teacher, flags):
     argv = ["--student", str(folder / student), "--teachers", str(folder / teacher),
             "--prompts", str(folder / "prompts.jsonl"), *flags]
     parts = preflight.memory(opd.Run(opd.configure([*argv, "--dry_run"])))
-    predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) / 2**30
-                 for phase in preflight.PHASES}
-    subprocess.run([sys.executable, str(ROOT / "opd.py"), *argv, "--out", str(out)], check=True)
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    return {"row": name, "predicted_gib": predicted, "measured_gib": last.get("memory_gib_by_part", {}),
-            "seconds": last["seconds"], "tokens": last["tokens"]}
+    row = {"row": name, "predicted_gib": {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) / 2**30
+                                          for phase in preflight.PHASES}}
+    done = subprocess.run([sys.executable, str(ROOT / "opd.py"), *argv, "--out", str(out),
+                           "--save_every", "0"])
+    metrics = out / "metrics.jsonl"
+    if done.returncode or not metrics.exists():
+        row["text"] = f"failed with exit {done.returncode}"
+    else:
+        last = json.loads(metrics.read_text().splitlines()[-1])
+        row |= {"measured_gib": last.get("memory_gib_by_part", {}), "seconds": last["seconds"],
+                "tokens": last["tokens"]}
+    shutil.rmtree(out, ignore_errors=True)              # its checkpoint and final model are gigabytes
+    return row
 
 
-def table(rows):
-    cells = ["", *(f"{phase} s" for phase in preflight.PHASES), "sampled tokens/s",
+def table(rows, passes):
+    """passes: forward passes of sampling in a step, of which each makes one token of a batch."""
+    cells = ["", *(f"{phase} s" for phase in preflight.PHASES), "sampled tokens/s", "ms per sampled position",
              *(f"{phase} GiB: predicted / measured" for phase in preflight.PHASES)]
     lines = ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
     for row in rows:
-        measured = {p: f"{gib:.1f}" for p, gib in row["measured_gib"].items()}
-        gib = [f"{row['predicted_gib'][p]:.1f} / {measured.get(p, 'not run')}" for p in preflight.PHASES]
-        cells = [row["row"], *(f"{row['seconds'][phase]:.1f}" for phase in preflight.PHASES),
-                 f"{row['tokens'] / row['seconds']['sample']:.0f}", *gib]
-        lines.append("| " + " | ".join(cells) + " |")
+        gib, seconds = row.get("measured_gib", {}), row.get("seconds")
+        shown = [f"{row['predicted_gib'][p]:.1f} / {format(gib[p], '.1f') if p in gib else 'not run'}"
+                 for p in preflight.PHASES]
+        times = [row.get("text", "not run")] + [""] * 4 if seconds is None else [
+            *(f"{seconds[phase]:.2f}" for phase in preflight.PHASES),
+            f"{row['tokens'] / seconds['sample']:.0f}", f"{seconds['sample'] / passes * 1e3:.1f}"]
+        name = f"`{' '.join(ROWS[row['row']][2])}`" if ROWS[row["row"]][2] else row["row"]
+        lines.append("| " + " | ".join([name, *times, *shown]) + " |")
     return "\n".join(lines)
 
 
@@ -89,19 +104,28 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    for flag, gpu, cpu in (("steps", 2, 2), ("batch", 64, 4), ("max_new_tokens", 128, 16)):
+        parser.add_argument(f"--{flag}", type=int, help=f"default: {gpu}; in small {cpu}")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    batch, tokens = ("32", "512") if on_gpu else ("4", "16")
-    common = ["--device", args.device, "--dtype", "bfloat16", "--steps", "3", "--batch", batch,
-              "--max_new_tokens", tokens]
+    number = lambda given, gpu, cpu: given or (gpu if on_gpu else cpu)
+    batch, tokens = number(args.batch, 64, 4), number(args.max_new_tokens, 128, 16)
+    common = ["--device", args.device, "--dtype", "bfloat16", "--steps", str(number(args.steps, 2, 2)),
+              "--batch", str(batch), "--sample_batch", str(batch), "--max_new_tokens", str(tokens)]
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch_folder:
+    memory = Path("/dev/shm")
+    roomy = on_gpu and memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as scratch_folder:
         folder, rng, results = Path(scratch_folder), random.Random(0), []
         sizes = dict(student="0.6B", teacher="4B") if on_gpu else dict(student="small", teacher="small")
-        write_models(folder, sizes, *((151_669, 151_936) if on_gpu else (300, 320)), args.device)
+        used = {model for name in args.rows for model in ROWS[name][:2]}
+        write_models(folder, {role: size for role, size in sizes.items() if role in used},
+                     *((151_669, 151_936) if on_gpu else (300, 320)), args.device)
         (folder / "prompts.jsonl").write_text("".join(json.dumps(
             {"prompt": "".join(rng.choices("abcdefghij ", k=128))}) + "\n" for _ in range(64)))
-        for name, (student, teacher, flags) in ROWS.items():
+        for name in args.rows:
+            student, teacher, flags = ROWS[name]
             no_peft = "--lora_rank" in flags and not importlib.util.find_spec("peft")
             if no_peft or "swap" in flags and not on_gpu:
                 print(f"{name}: not run")
@@ -109,8 +133,9 @@ if __name__ == "__main__":
             results.append(measure(folder, name, student, teacher, common + flags))
             device = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
             text = (f"Qwen3 {sizes['teacher']} teaches {sizes['student']}, random weights, {device}, "
-                    f"torch {torch.__version__}, {' '.join(common)}\n\n{table(results)}\n")
+                    f"torch {torch.__version__}, {' '.join(common)}\n\n{table(results, tokens)}\n")
             (args.out / "real_size.md").write_text(text)
             (args.out / "real_size.json").write_text(json.dumps(
                 {"device": device, "torch": torch.__version__, "flags": common, "rows": results}, indent=1))
-    print(text)
+            print(text, flush=True)
+    sys.exit(any("text" in row for row in results))

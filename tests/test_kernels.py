@@ -195,6 +195,21 @@ def extremes(vocab=70):
 
 
 @on_both
+@pytest.mark.parametrize("name", ["jsd", "skew_fkl", "skew_rkl"])
+def test_mixtures_are_precise_where_both_models_nearly_agree(backend, name):
+    """Where log p - log m is a small difference of large numbers; a GPU's own logarithm must do, too."""
+    g = torch.Generator().manual_seed(0)
+    z = 4 * torch.randn(4, 500, generator=g)
+    w = z + 0.01 * torch.randn(4, 500, generator=g)
+    exact = z.double().requires_grad_()
+    value = divergence(exact, w.double(), name, knob=DIVERGENCES[name].default)
+    dz, = torch.autograd.grad(value.sum(), exact)
+    ours = row_step(backend, z, w, torch.ones(4), divergence=name, knob=DIVERGENCES[name].default)
+    assert (ours[0] - value).abs().max() < 1e-6
+    assert (ours[2] - dz).norm() < 2e-4 * dz.norm()
+
+
+@on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
 @pytest.mark.parametrize("support", ["full", "student_sg", "teacher_renorm", "student_tail"])
 def test_extreme_logits_are_finite_and_right(backend, name, support):
@@ -242,6 +257,23 @@ def test_gradcheck_and_backward_twice():
 
 
 @on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_twice_with_other_gradients_from_above(backend, dtype):
+    """The last backward scales in place what an earlier one had to leave as it is."""
+    c = case(dtype)
+    leaves = c["hidden_s"], c["head_s"]
+    loss = linear_divergence(c["hidden_s"], c["head_s"], c["hidden_t"], c["head_t"], c["weight"],
+                             backend=backend)[0]
+    once = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    twice = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    last = torch.autograd.grad(3 * loss, leaves)
+    for a, b, c in zip(once, twice, last):
+        assert torch.equal(b, 2 * a)
+        rounding = 0 if dtype == torch.float32 else 2**-7        # Triton's interpreter cuts to bfloat16
+        torch.testing.assert_close(c.float(), 3 * a.float(), rtol=rounding, atol=0)
+
+
+@on_both
 def test_tokens_without_weight_get_exact_zeros(backend):
     _, dX, _, stats = run(case(), backend=backend)
     assert (dX[[0, 4, 8]] == 0).all() and (dX[1:4] != 0).any()
@@ -258,6 +290,24 @@ def test_padded_vocabulary_has_no_probability_and_no_gradient(backend):
     torch.testing.assert_close(ours[0], without[0])
     torch.testing.assert_close(ours[2][:V], without[2])
     assert (ours[2][V:] == 0).all()
+
+
+@on_both
+@pytest.mark.parametrize("pad", [0, 9, 64])
+@pytest.mark.parametrize("options", [
+    {}, {"support": "student_tail", "top_k": 7}, {"target": (0.7, 0.3)}], ids=str)
+def test_products_over_more_columns_than_the_vocabulary_change_nothing(monkeypatch, backend, pad, options):
+    """As on a GPU, whose products want even sizes. Heads with fewer rows, with some more, with many."""
+    c = case(pad_s=pad, pad_t=pad)
+    c["head_s"], c["head_t"] = (c[name].detach() for name in ("head_s", "head_t"))
+    c["head_s"][V:] = c["head_t"][V:] = 5.0                      # would be the largest logits
+    c["head_s"].requires_grad_()
+    results = []
+    for columns in (1, 64):
+        monkeypatch.setattr(chunked, "PRODUCTS", dict.fromkeys(("cpu", "gpu"), columns))
+        results.append(run(c, upstream=3.0, backend=backend, divergence="jsd", vocab=V, **options))
+        assert results[-1][2].shape == c["head_s"].shape and (results[-1][2][V:] == 0).all()
+    assert_close(*results, 2e-6)
 
 
 @on_both
@@ -329,6 +379,17 @@ def test_four_products_per_chunk_and_no_more(monkeypatch):
         c["label_weight"] += 1
         run(c, chunk_bytes=budget)
         assert rows == {"product": [n for n in expected for _ in "zw"], "accumulate": expected}
+
+
+def test_chunks_are_whole_tiles_of_about_one_size():
+    for rows in (1, 100, 128, 129, 300, 1000, 3072, 8191):
+        for most in (1, 50, 127, 128, 200, 512, 1100):
+            chunk = chunked.rows_per_chunk(rows, most)
+            whole = most if most < chunked.TILE else most - most % chunked.TILE
+            count, fewest = -(-rows // chunk), -(-rows // whole)
+            assert 1 <= chunk <= most and (count == 1 or most < chunked.TILE or chunk % chunked.TILE == 0)
+            assert count == 1 or count <= fewest                # not one more product than memory asks for
+            assert chunk == min(rows, most) or chunk - rows / count < chunked.TILE
 
 
 def test_labels_of_tokens_without_weight_may_be_anything():

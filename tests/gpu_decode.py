@@ -1,0 +1,73 @@
+"""Milliseconds per sampled position: generate as it is, and a step in a CUDA graph (tests/decode.py).
+
+    python tests/gpu_decode.py [--device cpu]       a Qwen3-0.6B with random weights; cpu: one in small
+"""
+import argparse
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import decode
+import opd
+from data import models
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+on = parser.parse_args().device
+size = (1024, 3072, 28, 16, 8, 151936) if on == "cuda" else (64, 128, 2, 4, 2, 320)
+names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")
+config = Qwen3Config(**dict(zip(names, size)), head_dim=128 if on == "cuda" else 16, tie_word_embeddings=True,
+                     max_position_embeddings=4096)
+with torch.device(on):
+    net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+net.generation_config = GenerationConfig()
+model = models.Model("random", net, None, [0], size[-1] - 267 if on == "cuda" else 300, torch.bfloat16,
+                     torch.device(on), GenerationConfig())
+
+
+def seconds(f):
+    if on == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    out = f()
+    if on == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, out
+
+
+def per_step(f, few, many):
+    f(few)
+    (a, _), (b, out) = seconds(lambda: f(few)), seconds(lambda: f(many))
+    return (b - a) / (many - few) * 1e3, out
+
+
+def off(prompts, out):
+    with torch.no_grad():
+        rows = [(opd.completion_hidden(model, [p], [ids]), ids, lp) for p, (ids, lp) in zip(prompts[:4], out)]
+        score = lambda h, ids: opd.linear_logprob(h, model.head_VH, ids, vocab=model.vocab)[1]["logprob_s"]
+        return max((score(h, ids) - lp).abs().mean().item() for h, ids, lp in rows)
+
+
+for B, few, many in ((64, 8, 40), (128, 8, 40)) if on == "cuda" else ((4, 2, 4),):
+    lengths = [128 - i % 8 if on == "cuda" else 5 - i % 3 for i in range(B)]
+    prompts = [torch.randint(1, 300, (n,)).tolist() for n in lengths]
+    cfg = types.SimpleNamespace(sample_batch=B, top_p=1.0)
+    for name, f in (("generate", lambda n: opd.generate(model, prompts, cfg, 1.0, max_new_tokens=n)),
+                    ("graph", lambda n: decode.decode(model, prompts, n))):
+        try:
+            ms, out = per_step(f, few, many)
+            print(f"B {B} {name}: {ms:.2f} ms per step, {B / ms * 1e3:.0f} tokens/s, "
+                  f"off {off(prompts, out):.1e} nats per token", flush=True)
+        except Exception as error:
+            print(f"B {B} {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+if on == "cuda":
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as measured:
+        decode.decode(model, prompts, 18)
+    print(measured.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))
