@@ -35,72 +35,72 @@ else:
 
 
 # ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
-ROWS = {}           # name -> compiled formula
+FORMULAS = {}       # name -> compiled formula
 
 
-def row(formula):
-    ROWS[formula.__name__] = triton.jit(formula)
-    return ROWS[formula.__name__]
+def formula(function):
+    FORMULAS[function.__name__] = triton.jit(function)
+    return FORMULAS[function.__name__]
 
 
-@row
+@formula
 def fkl(lp, lq, p, q, a, b):
     return q * (lq - lp), -q
 
 
-@row
+@formula
 def rkl(lp, lq, p, q, a, b):
     value = p * (lp - lq)
     return value, value + p
 
 
-@row
+@formula
 def jsd(lp, lq, p, q, a, b):
     above_q, above_p = log_mixture_gaps(a, lq, lp)
     pull = (1 - a) * p * above_p
     return a * q * above_q + pull, pull
 
 
-@row
+@formula
 def jeffreys(lp, lq, p, q, a, b):
     ratio = lp - lq
     return (p - q) * ratio, p * ratio + (p - q)
 
 
-@row
+@formula
 def skew_fkl(lp, lq, p, q, a, b):
     above_q, _ = log_mixture_gaps(a, lq, lp)
     return q * above_q, (a - 1) * p * tl.exp(above_q)
 
 
-@row
+@formula
 def skew_rkl(lp, lq, p, q, a, b):
     above_p, _ = log_mixture_gaps(a, lp, lq)
     value = p * above_p
     return value, value + p - a * p * tl.exp(above_p)
 
 
-@row
+@formula
 def todi(lp, lq, p, q, a, b):
     ratio = lp - lq
     forward = tl.sigmoid(-a * ratio)
     return ((1 - forward) * p - forward * q) * ratio, (1 - forward) * p * (ratio + 1) - forward * q
 
 
-@row
+@formula
 def power(lp, lq, p, q, a, b):
     r = tl.exp(tl.minimum(lq + a * (lq - lp), CLAMP))
     return (r - q) / (a * (a + 1)), -r / (a + 1)
 
 
-@row
+@formula
 def alpha_beta(lp, lq, p, q, a, b):
     r = tl.exp(tl.minimum(a * lq + b * lp, CLAMP))
     q_ab, p_ab = tl.exp((a + b) * lq), tl.exp((a + b) * lp)
     return (a * q_ab + b * p_ab - (a + b) * r) / (a * b * (a + b)), (p_ab - r) / a
 
 
-@row
+@formula
 def tvd(lp, lq, p, q, a, b):
     return 0.5 * tl.abs(p - q), 0.5 * tl.where(p > q, p, tl.where(p < q, -p, 0.0))
 
@@ -144,7 +144,7 @@ def shifted(x, m):
 
 @triton.jit
 def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_slope,
-          ROW: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
+          FORMULA: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
     """(value, slope, p, lp, whether the entry counts), lp = z - m_z - norm_z among the entries that count."""
     keep = columns < V
     if FORM != "full":
@@ -153,7 +153,7 @@ def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_s
         z, w = tl.where(keep, z, MASKED), tl.where(keep, w, MASKED)
     lp, lq = z - m_z - norm_z, w - m_w - norm_w
     p = tl.exp(lp)
-    value, slope = ROW(lp, lq, p, tl.exp(lq), a, b)
+    value, slope = FORMULA(lp, lq, p, tl.exp(lq), a, b)
     if FORM == "sg":
         slope -= mass_slope * p
     return tl.where(keep, value, 0.0), tl.where(keep, slope, 0.0), p, lp, keep
@@ -163,7 +163,7 @@ def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_s
 def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, threshold_ptr,
                value_ptr, entropy_s_ptr, entropy_t_ptr, top1_agree_ptr, logprob_s_ptr, logprob_t_ptr,
                stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b,
-               mass_slope, ROW: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+               mass_slope, FORMULA: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
                MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
                STAGES: tl.constexpr):
     """Pointers may be None: w no teacher, dz no gradient, label and label_weight none, threshold no top-k."""
@@ -253,14 +253,14 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
                 w = target_a * t + target_b * z if MIX else t
                 g, s, _, _, _ = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
-                                      mass_slope, ROW, BY_STUDENT, FORM)
+                                      mass_slope, FORMULA, BY_STUDENT, FORM)
                 values += g
                 slopes += s
             value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
             if FORM == "tail":                          # the others are one more entry
                 lp_tail = m_z_part - m_z + tl.log(tl.sum(Z_z_part, 0)) - log_z
                 lq_tail = m_w_part - m_w + tl.log(tl.sum(Z_w_part, 0)) - log_w
-                g, slope_tail = ROW(lp_tail, lq_tail, tl.exp(lp_tail), tl.exp(lq_tail), a, b)
+                g, slope_tail = FORMULA(lp_tail, lq_tail, tl.exp(lp_tail), tl.exp(lq_tail), a, b)
                 value += g
                 slope += slope_tail
         tl.store(value_ptr + row, value + broken)
@@ -279,7 +279,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
                 w = target_a * t + target_b * z if MIX else t
                 _, s, p, lp, keep = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
-                                          mass_slope, ROW, BY_STUDENT, FORM)
+                                          mass_slope, FORMULA, BY_STUDENT, FORM)
                 if FORM == "tail":
                     s = tl.where(keep, s, slope_tail * tl.exp(tl.minimum(lp - lp_tail, 0.0)))
                 dz = weight * (s - p * slope)
@@ -312,7 +312,7 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
             z_CV.stride(0), dz_CV.stride(0), V, spec.softcap_s, spec.softcap_t, 1 / spec.temperature,
             *map(float, spec.target), float(a), float(b),
             losses.mass_slope(name, knob) if form == "sg" else 0.0,
-            ROW=ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
+            FORMULA=FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
             BY_STUDENT=whose == "student", FORM=form or "full",
             BLOCK=min(BLOCK, triton.next_power_of_2(V)), STAGES=STAGES, num_warps=WARPS)
     return dz_CV if grad else None

@@ -27,7 +27,7 @@ def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=
     """The kernel as `fill` would launch it. `without`: pointer arguments that are None."""
     names = rows_triton.row_kernel.arg_names
     forward, reverse = rows_triton.KL_FAMILY.get(name, (False, False))
-    constants = dict(ROW=rows_triton.ROWS[name], FORWARD=forward, REVERSE=reverse, MIX=mix, BY_STUDENT=True,
+    constants = dict(FORMULA=rows_triton.FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=mix, BY_STUDENT=True,
                      FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
     constants |= dict.fromkeys([*without, *(["threshold_ptr"] if form == "full" else []),
                                 *([] if softcap else ["softcap_s", "softcap_t"])])
@@ -50,7 +50,7 @@ def resources(kernel):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups()))
 
 
-variants = [(name, arch, {}) for name in rows_triton.ROWS for arch in (80, 90)]
+variants = [(name, arch, {}) for name in rows_triton.FORMULAS for arch in (80, 90)]
 variants += [(name, 90, dict(form=form, mix=True, softcap=True))
              for name in ("rkl", "jsd") for form in ("full", "raw", "sg", "renorm", "tail")]
 variants += [("fkl", 90, dict(without=["w_ptr", "weight_ptr"], dz="fp32")),

@@ -46,7 +46,7 @@ def attend(module, query, key, value, _, scaling=None, mask=None, **kwargs):
 
 @torch.no_grad()
 def decode(model, prompts, max_new_tokens, temperature=1.0, graph=None):
-    """As opd.generate without top_p: [(ids_T, logp_T)]."""
+    """As Model.generate without top_p: [(ids_T, logp_T)]."""
     net, device, B = model.net, model.device, len(prompts)
     graph = device.type == "cuda" if graph is None else graph
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -84,7 +84,7 @@ def decode(model, prompts, max_new_tokens, temperature=1.0, graph=None):
 
     AttentionInterface.register("opd_decode", functools.partial(attend, mask=mask_B1T))
     was = text._attn_implementation
-    with model.running(), contextlib.ExitStack() as stack:
+    with model.forward_context(), contextlib.ExitStack() as stack:
         text._attn_implementation = "opd_decode"
         stack.callback(setattr, text, "_attn_implementation", was)
         hidden = model.body(input_ids=ids_BP, position_ids=torch.arange(P, device=device)[None],

@@ -50,7 +50,7 @@ part bench 115 "$python" -m kernels.bench --device "$device" --out "$out" \
     $(on "--shapes 8B-to-0.6B 8B-to-1.7B --tokens 2048 8192 --seconds 90" "--quick")
 part decode 60 "$python" tests/gpu_decode.py --device "$device"
 part real 100 "$python" tests/real_size.py "$out" --device "$device" $(on "--rows plain" "")
-part small 240 "$python" opd.py --recipe small --quick --out "$scratch/small" --device "$device"
+part small 240 "$python" -m lab.recipes small --quick --out "$scratch/small"
 grep -aE " FAIL|^FAILED|passed|failed|tokens/s|TFLOP/s|TB/s" "$out/log.txt" | tail -n 80
 for table in bench.md real_size.md; do [ ! -f "$out/$table" ] || cat "$out/$table"; done
 cat "$out/summary.txt"

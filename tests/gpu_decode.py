@@ -5,7 +5,6 @@
 import argparse
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import decode
-import opd
-from data import models
+import models
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -49,16 +47,15 @@ def per_step(f, few, many):
 
 def off(prompts, out):
     with torch.no_grad():
-        rows = [(opd.completion_hidden(model, [p], [ids]), ids, lp) for p, (ids, lp) in zip(prompts[:4], out)]
-        score = lambda h, ids: opd.linear_logprob(h, model.head_VH, ids, vocab=model.vocab)[1]["logprob_s"]
-        return max((score(h, ids) - lp).abs().mean().item() for h, ids, lp in rows)
+        completions, logps = zip(*out[:4])
+        exact = model.log_probs(prompts[:4], completions, 4096)
+        return max((lp_T - logp_T).abs().mean().item() for lp_T, logp_T in zip(exact, logps))
 
 
 for B, few, many in ((64, 8, 40), (128, 8, 40)) if on == "cuda" else ((4, 2, 4),):
     lengths = [128 - i % 8 if on == "cuda" else 5 - i % 3 for i in range(B)]
     prompts = [torch.randint(1, 300, (n,)).tolist() for n in lengths]
-    cfg = types.SimpleNamespace(sample_batch=B, top_p=1.0)
-    for name, f in (("generate", lambda n: opd.generate(model, prompts, cfg, 1.0, max_new_tokens=n)),
+    for name, f in (("generate", lambda n: model.generate(prompts, 1.0, 1.0, n, B)),
                     ("graph", lambda n: decode.decode(model, prompts, n))):
         try:
             ms, out = per_step(f, few, many)

@@ -470,7 +470,7 @@ def test_gpu_memory_is_flat_in_the_number_of_tokens(backend):
 
 def test_triton_knows_every_row_but_those_that_sort():
     pytest.importorskip("triton")
-    assert list(rows_triton.ROWS) == ENTRYWISE
+    assert list(rows_triton.FORMULAS) == ENTRYWISE
 
 
 @pytest.mark.skipif(not TRITON, reason="no triton")
