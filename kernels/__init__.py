@@ -6,9 +6,9 @@ with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the
 gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
 and only scaled in backward.
 
-Backends, one result: "triton" on GPUs, "torch" everywhere, both the loop of chunked.py with the row step
-of rows_triton.py or rows_torch.py; and "dense", the oracle: plain autograd on whole logits. README.md is the
-manual, with measurements.
+All backends have one result: "triton" on GPUs and "torch" everywhere are the loop of chunked.py with the row
+step of rows_triton.py or rows_torch.py; "dense", the oracle, is plain autograd on whole logits. README.md is
+the manual, with measurements.
 """
 import importlib.util
 import math
@@ -28,7 +28,7 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
                       knob=None, temperature=1.0, target=(1.0, 0.0), support="full", top_k=None,
                       labels_N=None, label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None,
                       chunk_bytes=None, backend=None):
-    """Weighted sum of per-token divergences between two language models' heads, with an optional label term.
+    """Return the weighted sum of per-token divergences between two models' heads, and statistics.
 
     N is every position of the batch that counts, flattened; hidden state n is the one that predicts token n.
 
@@ -62,7 +62,7 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
 
 def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1.0, vocab=None, softcap=None,
                    chunk_bytes=None, backend=None):
-    """sum_n weight_n * -log p(y_n): maximum likelihood, policy gradients, DPO.
+    """Return sum_n weight_n * -log p(y_n), for maximum likelihood, policy gradients, DPO.
 
     Arguments as in linear_divergence. Returns (loss, stats) with stats logprob_s, entropy_s. Under
     torch.no_grad it is the cheap way to score tokens.
@@ -102,7 +102,7 @@ def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, back
 
 
 def _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, teacher):
-    """The sizes N, V, .. of the arguments; whatever does not fit is refused by name."""
+    """Return the sizes N, V, .. of the arguments, and refuse by name whatever does not fit."""
     sizes = {}
     for name, x, letters, needed in (
             ("hidden_s_NH", hidden_s, "N Hs", True), ("head_s_VH", head_s, "V Hs", True),
@@ -137,7 +137,7 @@ def _check_scalars(*, vocab, shared, temperature, chunk_bytes, target=(1.0, 0.0)
 
 
 def _choose(backend, hidden, name):
-    """The backend to use: the one asked for, where it can do this, or the fastest that can."""
+    """Return the backend that was asked for, if it can do this, or else the fastest that can."""
     if backend not in (None, *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     sorts = name is not None and not DIVERGENCES[name].elementwise
@@ -177,13 +177,13 @@ class _Fused(torch.autograd.Function):
 
 
 def _again():
-    """Whether a backward pass after the one that runs may want the saved gradients as they are."""
+    """Return whether a later backward pass may want the saved gradients as they are."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is None or kept()
 
 
 def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, work):
-    """The oracle: the same numbers from whole [N, V] logits and autograd."""
+    """Compute the same numbers from whole [N, V] logits with autograd. This is the oracle of the tests."""
     def logits(hidden, head, softcap):
         z = hidden[used].to(work) @ head[:spec.vocab].to(work).T
         return (softcap * torch.tanh(z / softcap) if softcap else z).clamp(min=FLOOR)

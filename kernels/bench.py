@@ -72,7 +72,7 @@ BETA = {"rkl": 1.0, "jsd": 0.5}
 
 
 def make_inputs(shape, N, device):
-    """X [N, Hs], W [V, Hs], Xt [N, Ht], Wt [V, Ht], labels. In place: a temporary would be a child's peak."""
+    """Return X [N, Hs], W [V, Hs], Xt [N, Ht], Wt [V, Ht], labels, without temporaries that raise a peak."""
     Hs, Ht, V = SHAPES[shape]
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -87,10 +87,10 @@ def make_inputs(shape, N, device):
 # ---- contestants: (loss, *inputs) -> a call without arguments that returns (dX, dW) ------------------------
 
 def products(loss, X, W, Xt, Wt, labels):
-    """Generous on a GPU: bf16 logits, dW added up in bf16, chunks of up to 4 GiB. On a CPU all N at once.
+    """Do the four products. On a GPU the floor is generous: logits and dW in bf16, chunks of up to 4 GiB.
 
-    On a CPU the outputs exist before the clock starts, since new pages cost time. On a GPU they come from the
-    caching allocator, for nothing.
+    On a CPU all N are done at once, and the outputs exist before the clock starts, since new pages cost time.
+    On a GPU they come from the caching allocator, for nothing.
     """
     X, W, chunk = X.detach(), W.detach(), len(X)
     if X.is_cuda:
@@ -165,7 +165,7 @@ SIZES = {f"ours, {MiB} MiB": partial(ours, chunk_bytes=MiB << 20)
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 def attempt(step, *args):
-    """(result, None), or (None, what the table says instead of a number)."""
+    """Return a result and None, or None and what the table says instead of a number."""
     try:
         return step(*args), None
     except ModuleNotFoundError:
@@ -177,7 +177,7 @@ def attempt(step, *args):
 
 
 def timed(call, device):
-    """(seconds, peak bytes above those before, None on a CPU). The result is freed after the clock stops."""
+    """Return seconds and peak bytes above those before (None on a CPU). Freeing comes after the clock."""
     if device == "cpu":
         start = time.perf_counter()
         result = call()
@@ -194,7 +194,7 @@ def timed(call, device):
 
 
 def measure(loss, inputs, names, repeat, device):
-    """name -> {"seconds": [...], "extra_bytes": ..., "cosine": ...}, or {"text": why there is no time}."""
+    """Return name -> {"seconds": [..], "extra_bytes": .., "cosine": ..} or {"text": why there is no time}."""
     results, calls, reference = {}, {}, None
     for name in names:                                              # warm up, and compare
         call, text = attempt((CONTESTANTS | SIZES)[name], loss, *inputs)
@@ -231,7 +231,7 @@ def status_bytes(field):
 
 
 def child(name, shape, N, loss):
-    """Prints the peak of the resident set (Linux) in one call minus the set before it, as JSON.
+    """Print the peak of the resident set (Linux) in one call minus the set before it, as JSON.
 
     VmHWM rather than ru_maxrss: to the latter Linux adds what the process that started this one held.
     """
@@ -254,9 +254,9 @@ def memory_in_child(name, shape, N, loss):
 
 
 def run_case(shape, N, loss, names, args):
-    """One row per contestant, a dictionary. On a CPU what does not survive its child is not timed.
+    """Return one record per contestant. On a CPU what does not survive its child is not timed.
 
-    "products" and "ours" run in every case, for the comparison, and have a row where they are among `names`.
+    "products" and "ours" run in every case, for the comparison, and have a record if they are among `names`.
     """
     skipped = {"liger fused", *([] if args.compile else ["torch.compile"])} if args.device == "cpu" else ()
     rows = {name: {"text": "not run"} if name in skipped else {} for name in names}
@@ -280,7 +280,7 @@ def run_case(shape, N, loss, names, args):
 
 
 def gpu_median(before, call, repeat):
-    """Median seconds of one short call. The GPU is busy with `before` while the host prepares the launch."""
+    """Return the median seconds of a short call. `before` keeps the GPU busy while the host launches it."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
     before(), call()                                # compiles
     torch.cuda.synchronize()
@@ -294,7 +294,7 @@ def gpu_median(before, call, repeat):
 
 
 def time_row_kernel(shape, losses, repeat, keep):
-    """The row kernel alone on 512 rows of logits in several variants, beside a plain copy's speed."""
+    """Time the row kernel alone on 512 rows of logits in several variants, beside a plain copy."""
     from . import rows_triton
     V, dtype = SHAPES[shape][2], torch.bfloat16
     width = -(-V // chunked.ALIGN) * chunked.ALIGN
@@ -355,7 +355,7 @@ def numbers(row):
 
 
 def place(row):
-    """Where a row stands in its table."""
+    """Return where a record stands in its table."""
     order = [*CONTESTANTS, *SIZES, "all"]
     return [*BETA].index(row["loss"]), row["tokens"], order.index(row["contestant"])
 
@@ -382,7 +382,7 @@ def write(record, out):
 
 
 def draw(record, path):
-    """Left: time over the floor, all cases. Right: memory of the first pair against N, or the buffers."""
+    """Draw time over the floor in all cases, and memory of the first pair against N or the buffers."""
     try:
         import matplotlib
     except ImportError:
@@ -406,7 +406,11 @@ def draw(record, path):
             if points:
                 right.plot(*zip(*points), style, color=f"C{i}" if several else None, label=f"{name} {loss}")
     left.axvline(1, color="grey", linewidth=0.8)
-    left.set(yticks=range(len(names)), yticklabels=names, xlim=(0, None), xlabel="time / products")
+    ticks = [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24]
+    left.set_xscale("log")
+    left.set_xticks(ticks, map(str, ticks))
+    left.minorticks_off()
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel="time / products")
     left.invert_yaxis()
     left.legend()
     right.set(title=shape, ylabel="extra memory, MiB", xlabel="N" if several else "logit buffers, MiB")

@@ -1,9 +1,9 @@
 """The loop of the fused loss: a chunk of tokens at a time, the student's logits turned into their gradient.
 
-Per chunk of C tokens: two matrix products into two preallocated [C, V] buffers, the row step in place
-(rows_torch.py, rows_triton.py), then dX = dZ @ W and dW += dZ.T @ X. Nothing of size N x V ever exists and
-nothing is recomputed: 3 Hs + Ht matrix products. Logits, statistics and dW are float32 (float64 for float64
-input).
+For a chunk of C tokens two matrix products fill two preallocated [C, V] buffers, the row step works in place
+(rows_torch.py, rows_triton.py), then come dX = dZ @ W and dW += dZ.T @ X. Nothing of size N x V ever exists
+and nothing is recomputed: the products take 2 N V (3 Hs + Ht) flops. Logits, statistics and dW are float32
+(float64 for float64 input).
 """
 import math
 import threading
@@ -32,6 +32,7 @@ class Spec:
     softcap_t: float | None = None
 
     def stats(self, labels):
+        """Return the names of the statistics that there will be, in order."""
         names = ["entropy_s"]
         if self.divergence:
             names += ["value", "entropy_t", "top1_agree"]
@@ -41,9 +42,10 @@ class Spec:
 
 
 def used_rows(weight, label_weight, labels, vocab):
-    """Indices of tokens that any weight keeps; None: all. Others get no work, exact zeros, no statistics.
+    """Return the indices of tokens that any weight keeps, or None for all of them.
 
-    Labels of the kept ones that are not within the vocabulary are refused. A GPU waits for this once.
+    The others get no work, exact zeros and no statistics. Labels of the kept ones that are not within the
+    vocabulary are refused. The host waits for the GPU here, once in a call.
     """
     kept, *more = [w != 0 for w in (weight, label_weight) if w is not None]
     kept = kept | more[0] if more else kept
@@ -56,7 +58,7 @@ def used_rows(weight, label_weight, labels, vocab):
 
 
 def weighted(stats, weight, label_weight):
-    """The loss: the value and the label term of every token by their weights."""
+    """Return the loss: the value and the label term of every token by their weights."""
     loss = 0.0
     if weight is not None:
         loss = loss + (weight * stats["value"]).sum()
@@ -66,9 +68,9 @@ def weighted(stats, weight, label_weight):
 
 
 def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, need_dX, need_dW):
-    """(loss, stats, dX or None, dW or None). The gradients are for upstream gradient 1, in input dtype.
+    """Return loss, stats, dX or None, dW or None. The gradients are for upstream gradient 1, in input dtype.
 
-    fill: the row step, which returns dLoss/dz of a chunk (see rows_torch.fill).
+    `fill` is the row step, which returns dLoss/dz of a chunk (see rows_torch.fill).
     """
     work = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     N, device, grad_dtype, (rows, Hs) = len(hidden_s), hidden_s.device, head_s.dtype, head_s.shape
@@ -113,9 +115,9 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
 
 
 def first_rows(head, rows, dtype):
-    """Rows of a head in `dtype`, with zeros where it has fewer.
+    """Return the first rows of a head in `dtype`, with zeros where it has fewer.
 
-    Those behind the vocabulary, if it has them, meet gradients of exactly 0 and must be finite.
+    Rows behind the vocabulary, if it has them, meet gradients of exactly 0 and must be finite.
     """
     if len(head) >= rows:
         return head[:rows].to(dtype)
@@ -125,7 +127,7 @@ def first_rows(head, rows, dtype):
 
 
 def rows_per_chunk(rows, most):
-    """Rows of a chunk of at most `most`: whole tiles where they fit, and no small rest at the end."""
+    """Return the rows of a chunk, at most `most`: whole tiles where they fit, no small rest at the end."""
     if rows <= most or most < TILE:
         return max(1, min(rows, most))
     most -= most % TILE
@@ -137,7 +139,7 @@ _held = threading.local()
 
 
 def workspace(number, shape, dtype, device):
-    """Uninitialised memory. On a CPU it is kept from call to call: fresh pages cost time (LOG.md)."""
+    """Return uninitialised memory. A CPU keeps it from call to call: fresh pages cost time (lab/LOG.md)."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     elements, kept = math.prod(shape), _held.__dict__
@@ -147,7 +149,7 @@ def workspace(number, shape, dtype, device):
 
 
 def product(hidden, head, buffer):
-    """hidden @ head.T in the buffer's dtype: bf16 logits cost 6-19% of the gradient near convergence."""
+    """Put hidden @ head.T into the buffer. In bf16 it would cost 6-19% of the gradient near convergence."""
     out = buffer[:len(hidden), :len(head)]
     if hidden.dtype == out.dtype:
         return torch.mm(hidden, head.T, out=out)
@@ -157,7 +159,7 @@ def product(hidden, head, buffer):
 
 
 def accumulate(dW, dz, hidden):
-    """dW += dz.T @ hidden in dW's dtype."""
+    """Add dz.T @ hidden to dW, in dW's dtype."""
     if dz.dtype == dW.dtype:
         dW.addmm_(dz.T, hidden)
     elif dz.is_cuda:

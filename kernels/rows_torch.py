@@ -1,6 +1,6 @@
 """The row step of the torch backend: rows of logits become their statistics and their gradient, in place.
 
-A few rows at a time, so that a block and its temporaries stay in a CPU's cache.
+It takes a few rows at a time, so that a block and its temporaries stay in a CPU's cache.
 """
 import torch
 
@@ -12,7 +12,7 @@ BLOCK = {"cpu": 200_000, "gpu": 1 << 24}        # logits per block of rows
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     """Fill `stats` (name -> [C]) from logits z and w (None: no teacher), and overwrite both.
 
-    With `grad`, returns dLoss/dz_CV in `dtype`. Columns behind spec.vocab are no logits: their gradient is 0.
+    With `grad`, return dLoss/dz_CV in `dtype`. Columns behind spec.vocab are no logits: their gradient is 0.
     """
     C, V = len(z_CV), spec.vocab
     step = max(1, BLOCK["cpu" if z_CV.device.type == "cpu" else "gpu"] // V)
@@ -28,11 +28,12 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
 
 
 def scale(gradient, factor):
-    """gradient *= factor, a tensor of one number."""
+    """Multiply a gradient in place by `factor`, a tensor of one number."""
     gradient.mul_(factor)
 
 
 def block(z, w, weight, labels, label_weight, stats, spec, grad):
+    """Do the row step on a few rows: fill `stats`, and turn z into its gradient if `grad`."""
     whose, _, form = spec.support.partition("_")
     y, dz, keep = None if labels is None else labels[:, None], None, None
     bend = capped(z, spec.softcap_s, spec.temperature)
@@ -73,7 +74,7 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
 
 
 def capped(logits, softcap, temperature):
-    """Logits as the loss sees them, in place. Returns the softcap's derivative, None if there is none."""
+    """Make logits what the loss sees, in place. Return the softcap's derivative, None if there is none."""
     bend = None
     if softcap:
         logits.div_(softcap).tanh_()

@@ -1,10 +1,11 @@
-"""The row step of the triton backend: one kernel for all divergences, each a small function handed to it.
+"""The row step of the triton backend: one kernel serves all divergences, whose formulas are handed to it.
 
-One program per row, sweeping over the vocabulary in blocks:
+One program works on one row of logits, and sweeps over the vocabulary in blocks:
 
-    1  both log-partition functions, both entropies, and for the KL family the two KLs themselves
-    2  value and sum of the slopes, where they need normalised log-probabilities (all but the KL family)
-    3  the gradient weight * (slope - p * sum(slope)) / temperature, in place of the student's logits
+    1  for both log-partition functions, both entropies, and in the KL family for the two KLs themselves
+    2  for the value and the sum of the slopes, where they need normalised log-probabilities (not in the KL
+       family)
+    3  to write the gradient weight * (slope - p * sum(slope)) / temperature in place of the student's logits
 
 Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
 e^u f(u) is rescaled when m moves. Gradients are stored in the dtype that the next matrix products want; where
@@ -30,15 +31,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 else:
     @triton.jit
     def fast_log(x):
-        """The GPU's own logarithm, off by at most 2^-22 where x is about 1. The interpreter has none."""
+        """Return the GPU's own logarithm, off by at most 2^-22 for x about 1 (the interpreter has none)."""
         return libdevice.fast_logf(x)
 
 
-# ---- rows: the formulas of losses.py; a and b are the knob -------------------------------------------------
+# ---- the formulas of losses.py; a and b are the knob -------------------------------------------------------
 FORMULAS = {}       # name -> compiled formula
 
 
 def formula(function):
+    """Compile a formula, and make it known by its name."""
     FORMULAS[function.__name__] = triton.jit(function)
     return FORMULAS[function.__name__]
 
@@ -107,7 +109,7 @@ def tvd(lp, lq, p, q, a, b):
 
 @triton.jit
 def log_mixture_gaps(a, x, y):
-    """(x - log m, y - log m) for m = a e^x + (1 - a) e^y, exact where x and y nearly agree."""
+    """Return x - log m and y - log m for m = a e^x + (1 - a) e^y, exact where x and y nearly agree."""
     ratio = y - x
     less = tl.exp(-tl.abs(ratio))                       # the smaller of both over the larger
     log = fast_log(tl.where(ratio > 0, a * less + (1 - a), a + (1 - a) * less))
@@ -121,7 +123,7 @@ KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True
 
 @triton.jit
 def seen(x, softcap, per_temperature):
-    """A logit as the loss sees it. A NaN stays one."""
+    """Return a logit as the loss sees it. A NaN stays one."""
     if softcap is not None:
         x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
     return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL) * per_temperature
@@ -129,14 +131,14 @@ def seen(x, softcap, per_temperature):
 
 @triton.jit
 def logits(ptr, columns, V, stride, softcap, per_temperature):
-    """A block of a row. The row's padding up to its stride is read too: whole, aligned vectors."""
+    """Return a block of a row. Its padding up to the stride is read too, in whole, aligned vectors."""
     x = tl.load(ptr + columns, mask=columns < stride, other=0.0).to(tl.float32)
     return tl.where(columns < V, seen(x, softcap, per_temperature), MASKED)
 
 
 @triton.jit
 def shifted(x, m):
-    """(new maximum, how far it moved, x - maximum, its exponential, factor that rescales older sums)."""
+    """Return new maximum, how far it moved, x - maximum, its exponential, the factor for older sums."""
     new = tl.maximum(m, tl.max(x, 0))
     u = x - new
     return new, m - new, u, tl.exp(u), tl.exp(m - new)
@@ -145,7 +147,7 @@ def shifted(x, m):
 @triton.jit
 def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_slope,
           FORMULA: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
-    """(value, slope, p, lp, whether the entry counts), lp = z - m_z - norm_z among the entries that count."""
+    """Return value, slope, p, lp, whether the entry counts; lp = z - m_z - norm_z among those that do."""
     keep = columns < V
     if FORM != "full":
         keep = keep & ((z if BY_STUDENT else t) >= threshold)
@@ -166,7 +168,11 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                mass_slope, FORMULA: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
                MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
                STAGES: tl.constexpr):
-    """Pointers may be None: w no teacher, dz no gradient, label and label_weight none, threshold no top-k."""
+    """Do the row step on one row.
+
+    A pointer may be None: without w there is no teacher, without dz no gradient is wanted, without threshold
+    the support is no top-k; labels and their weights may be absent.
+    """
     TEACHER: tl.constexpr = w_ptr is not None
     KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full"
     PART: tl.constexpr = FORM == "renorm" or FORM == "tail"
@@ -294,7 +300,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
 
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
-    """rows_torch.fill in one kernel. The logits are float32 and one chunk's buffers, of equal row strides."""
+    """Do what rows_torch.fill does, in one kernel. The logits are float32 buffers of equal row strides."""
     (C, columns), V = z_CV.shape, spec.vocab
     dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :columns]
     whose, _, form = spec.support.partition("_")
@@ -320,6 +326,7 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
+    """Multiply `count` numbers by a factor that is on the GPU."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:                                     # the usual case costs a launch, not a pass
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, programs * BLOCK):
@@ -329,7 +336,7 @@ def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
 
 
 def scale(gradient, factor):
-    """rows_torch.scale for a contiguous tensor, without a look at the factor from the host."""
+    """Do what rows_torch.scale does to a contiguous tensor. The host never looks at the factor."""
     programs = min(1024, triton.cdiv(gradient.numel(), 1024)) or 1
     with torch.cuda.device_of(gradient):
         scale_kernel[(programs,)](gradient, factor, gradient.numel(), programs, BLOCK=1024)

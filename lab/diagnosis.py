@@ -222,7 +222,7 @@ def dot(a, b):
 
 
 def directions(measured, shares, i):
-    """Return {branch: the method's gradient on the i-th half of the rollouts}, and of several their mixture."""
+    """Return {branch: the method's gradient on half i of the rollouts}, and of several also their mixture."""
     out = {branch: m.steps[i] for branch, m in measured.items()}
     if len(measured) > 1:
         mixed = [0] * len(next(iter(out.values())))

@@ -367,8 +367,8 @@ def loss_bytes(run, tokens, teachers):
     """
     head_VH, size = run.student.net.get_output_embeddings().weight, run.student.dtype.itemsize
     out = 3 * tokens * head_VH.shape[1] * size
-    if head_VH.requires_grad:                                   # its gradient is scaled, on a GPU into a copy
-        out += 4 * head_VH.numel() * (1 if run.cfg.device == "cpu" else 2)
+    if head_VH.requires_grad:                                   # its float32 gradient is scaled in place
+        out += 4 * head_VH.numel()
         out += head_VH.numel() * size if size < 4 else 0
     if not run.objective.divergence:
         return out

@@ -1,8 +1,9 @@
 # Sourced by the project's commands with $root set: sets $PYTHON, and makes .venv when no Python here will do.
 # An active environment that has everything is used as it is; nothing is then installed or downloaded.
-needs="import matplotlib, numpy, pytest, tqdm, torch.optim, transformers
+needs="import matplotlib, numpy, pytest, tqdm, torch, torch.optim, transformers
 from packaging.version import parse
-assert hasattr(torch.optim, 'Muon') and parse(transformers.__version__) >= parse('5.17')"
+assert hasattr(torch.optim, 'Muon') and parse(transformers.__version__) >= parse('5.17')
+assert not torch.cuda.is_available() or parse(torch.__version__) >= parse('2.11')     # addmm with out_dtype"
 if [ -x "$root/.venv/bin/python" ] && cmp -s "$root/requirements.txt" "$root/.venv/installed.txt"; then
     PYTHON="$root/.venv/bin/python"
 elif python3 -c "$needs" 2>/dev/null; then

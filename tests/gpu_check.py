@@ -3,6 +3,7 @@
     python tests/gpu_check.py [--device cpu]        cpu: the same in small, in Triton's interpreter or torch
 """
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -11,12 +12,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import chunked, linear_divergence, linear_logprob
-
 parser = argparse.ArgumentParser()
-parser.add_argument("--device", default="cuda")
+parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
 device = parser.parse_args().device
 gpu = device == "cuda"
+if not gpu:
+    os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are imported
+from kernels import chunked, linear_divergence, linear_logprob
+
 began, failed = time.perf_counter(), 0
 
 

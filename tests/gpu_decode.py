@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import models                   # before transformers, which it keeps from importing our kernels/
 import decode
-import models
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

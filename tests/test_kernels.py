@@ -76,14 +76,14 @@ def check(c, backend, tolerance=2e-5, **kwargs):
     assert_close(run(c, backend=backend, **kwargs), run(in_float64(c), backend="dense", **kwargs), tolerance)
 
 
-# ---- every row, target, support ----------------------------------------------------------------------------
+# ---- every divergence, target, support ---------------------------------------------------------------------
 
 @on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
 @pytest.mark.parametrize("options", [
     {}, {"temperature": 1.7}, {"target": (0.7, 0.3)}, {"target": (1.0, 0.8), "temperature": 0.5},
     {"softcap_s": 3.0, "softcap_t": 5.0, "temperature": 1.3}], ids=str)
-def test_every_row_and_target(backend, name, options):
+def test_every_divergence_and_target(backend, name, options):
     check(case(), backend, divergence=name, upstream=3.0, **options)
 
 
@@ -111,7 +111,7 @@ def test_akl_needs_a_sort_and_says_so():
 @pytest.mark.parametrize("name, knob", [
     ("jsd", 0.1), ("skew_fkl", 0.7), ("skew_rkl", 0.7), ("todi", 4.0), ("power", -5 / 3),
     ("alpha_beta", (1.5, -0.5))])
-def test_knobs_reach_the_row(backend, name, knob):
+def test_knobs_reach_the_formula(backend, name, knob):
     check(case(), backend, divergence=name, knob=knob)
 
 
@@ -468,7 +468,7 @@ def test_gpu_memory_is_flat_in_the_number_of_tokens(backend):
 
 # ---- Triton without a GPU ----------------------------------------------------------------------------------
 
-def test_triton_knows_every_row_but_those_that_sort():
+def test_triton_knows_every_divergence_but_those_that_sort():
     pytest.importorskip("triton")
     assert list(rows_triton.FORMULAS) == ENTRYWISE
 
