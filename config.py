@@ -257,7 +257,9 @@ FLAGS = {
                            "Nemotron-Cascade 2, 2603.19220", NOT_NEGATIVE, words=2, shown=("LOW", "HIGH"),
                            only=(lambda c: c.loss == "pg", "--loss pg"))},
     "several branches, self-teachers": {
-        "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio()),
+        "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(),
+                        only=(lambda c: (getattr(c, "schedule", "mixed") == "mixed"
+                                         or getattr(c, "diagnose_every", 0)), "--schedule mixed")),
         "self_teacher": Flag(None, "the student as its own teacher: its moving average (ema), as it started "
                              "(frozen), as it is (live), or a copy that the method renews (snapshot)",
                              OneOf("ema", "frozen", "live", "snapshot"), of_methods=True),
@@ -482,11 +484,9 @@ def complete_objective(cfg, given, method):
     if cfg.importance[0] >= cfg.importance[1]:
         raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     if not has_divergence(cfg):
-        for flag in ("target", "support", "top_k"):
-            if flag in given:
-                raise Refused(f"--loss {cfg.loss} uses the sampled token only: --target, --support and "
-                              "--top_k have no effect")
-        cfg.support, cfg.top_k = "full", None
+        for flag in ("support", "top_k"):                   # a method's own defaults are for its divergence
+            if flag not in given:
+                setattr(cfg, flag, GENERAL[flag].default)
         return
     if cfg.support == "full" and "top_k" not in given:
         cfg.top_k = None                                    # a method's own number of entries

@@ -10,7 +10,7 @@ An objective is four independent choices, and the fused operation in kernels/ ta
 **The divergence.** A formula is `(lp, lq, p, q, knob) -> (value, slope)` with lp = log p(v), lq = log q(v),
 for one vocabulary entry v or for a tensor of them. The divergence of a token is the sum of `value` over the
 vocabulary; `slope` is d value / d lp with the teacher fixed. One gradient with respect to the student's
-logits z then serves them all:
+logits z then serves them all (w are the teacher's logits; sg[x] is x without gradient):
 
     dz = weight * (slope - p * sum(slope)) / temperature
 
@@ -26,7 +26,7 @@ logits z then serves them all:
     alpha_beta   -1/(ab) [q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b)]        --alpha_beta A B   ABKD
     akl          fkl and rkl, weighted by the gaps in q's head and tail       --akl_mu           AKL
     tvd          1/2 |p - q|
-    pg           -w A log p(y), A = log q(y) - log p(y), w as in eq. 2        --importance       CaMOPD
+    pg           -c A log p(y), A = log q(y) - log p(y), importance weight c  --importance       CaMOPD
     nll          -log p(y)
 
 The last two look at the sampled token only. They fit, too: -log p(y) has slope -1 at v = y and 0 elsewhere.
@@ -93,7 +93,7 @@ def rkl(lp, lq, p, q, knob):
     return value, value + p
 
 
-@formula("jsd_beta", 0.5, "weight of the teacher in the mixture, between 0 and 1 (use fkl and rkl there); "
+@formula("jsd_beta", 0.5, "weight of the teacher in the mixture, strictly between 0 and 1; "
          "GKD 2306.13649", lambda b: 0 < b < 1)
 def jsd(lp, lq, p, q, b):
     """Generalised Jensen-Shannon: b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p.
@@ -253,8 +253,8 @@ def total(name, knob, lp, lq, p, q, keep=None, form=None):
     sg     nothing, and the slope loses that c p: for rkl, sum p (sg[lp] - lq)
     tail   they are one more entry, with the sum of their probabilities
     """
-    formula = DIVERGENCES[name].formula
-    value, slope = formula(lp, lq, p, q, knob)
+    divergence_of = DIVERGENCES[name].formula
+    value, slope = divergence_of(lp, lq, p, q, knob)
     if keep is None:
         return value.sum(-1), slope
     if form == "sg":
@@ -263,7 +263,7 @@ def total(name, knob, lp, lq, p, q, keep=None, form=None):
     value, slope = (value * keep).sum(-1), slope * keep
     if form == "tail":
         lp_tail, lq_tail = (torch.logsumexp(x.masked_fill(keep, MASKED), -1, keepdim=True) for x in (lp, lq))
-        value_tail, slope_tail = formula(lp_tail, lq_tail, lp_tail.exp(), lq_tail.exp(), knob)
+        value_tail, slope_tail = divergence_of(lp_tail, lq_tail, lp_tail.exp(), lq_tail.exp(), knob)
         value = value + value_tail[..., 0]
         slope = torch.where(keep, slope, slope_tail * (lp - lp_tail).exp())
     return value, slope
@@ -319,7 +319,8 @@ class Objective:
                  sampled-token reverse KL as a policy gradient. CaMOPD, 2605.27115, eq. 1-2.
     temperature  divides both models' logits in the loss (nothing to do with the sampling temperature)
     importance   (low, high) bounds of the importance weight of "pg"
-    cap          for the others: every token's weight is multiplied by `truncated_importance`; None: it is not
+    cap          of `truncated_importance`, by which weights are multiplied for every loss but pg; None: they
+                 are not
     """
     divergence: str | None = None
     label: str | None = None

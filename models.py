@@ -185,7 +185,7 @@ class Model:
     def log_probs(self, prompts, completions, micro_tokens, temperature=1.0):
         """Return log p(y) of every completion token under the training forward pass, a [T] each."""
         out = [None] * len(completions)
-        lengths = [len(prompt) + len(ids_T) for prompt, ids_T in zip(prompts, completions)]
+        lengths = {i: len(prompts[i]) + len(ids_T) for i, ids_T in enumerate(completions)}
         for group in micro_batches(lengths, micro_tokens):
             some = [completions[i] for i in group]
             hidden_NH = self.hidden_states([prompts[i] for i in group], some)
@@ -274,10 +274,10 @@ class OnlyKnownTokens(LogitsProcessor):
 def micro_batches(lengths, micro_tokens):
     """Return groups of indices, longest first, of up to micro_tokens with padding.
 
-    What is longer than micro_tokens is a group of its own.
+    lengths: {index: tokens}. What is longer than micro_tokens is a group of its own.
     """
     groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
             groups[-1].append(i)
         else:
@@ -558,7 +558,7 @@ def load_students(cfg, checkpoint, teacher_learns):
     """Return the Learners of --student: "student", or "1" and "2". checkpoint: the folder to go on from."""
     names = ["student"] if len(cfg.student) == 1 else [str(i + 1) for i in range(len(cfg.student))]
     several = len(names) > 1 or teacher_learns
-    students = [load(path, cfg, learns=True, weights=place(checkpoint, name, several), name=name)
+    students = [load(path, cfg, learns=True, weights=learner_folder(checkpoint, name, several), name=name)
                 for path, name in zip(cfg.student, names)]
     for other in students[1:]:
         share_tokens(students[0], other)
@@ -573,7 +573,7 @@ def load_teachers(cfg, checkpoint, students, teacher_learns):
     student, teachers = students[0], {}
     for path in dict.fromkeys(cfg.teachers.values()):
         name = f"teacher{len(teachers) or ''}"
-        teachers[path] = (load(path, cfg, learns=True, weights=place(checkpoint, name, True), name=name)
+        teachers[path] = (load(path, cfg, learns=True, weights=learner_folder(checkpoint, name, True), name=name)
                           if teacher_learns else load_frozen(path, student, cfg))
         share_tokens(student, teachers[path])
     for other in students[1:]:
@@ -583,7 +583,7 @@ def load_teachers(cfg, checkpoint, students, teacher_learns):
     return teachers
 
 
-def place(folder, name, several):
+def learner_folder(folder, name, several):
     """Return where in a folder a learner lies: in it, or where there are several, in one of its name."""
     return folder and (folder / name if several else folder)
 
@@ -792,7 +792,7 @@ def save_model(model, folder):
 def save_learners(learners, folder, state):
     """Write what a restart needs: weights, optimizers, averages, and the state of the run."""
     for learner in learners:
-        save_model(learner, place(folder, learner.name, len(learners) > 1))
+        save_model(learner, learner_folder(folder, learner.name, len(learners) > 1))
     kept = {learner.name: {"updates": learner.updates, "average": average_values(learner),
                            "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers]}
             for learner in learners}
@@ -819,7 +819,7 @@ def restore_learners(learners, folder):
 def save_adapters(students, folder):
     """Write the students' adapters, as peft loads them."""
     for student in students:
-        save_model(student, place(folder, student.name, len(students) > 1))
+        save_model(student, learner_folder(folder, student.name, len(students) > 1))
 
 
 def save_final(students, folder):
@@ -828,6 +828,6 @@ def save_final(students, folder):
         if student.adapter:
             student.net, student.adapter = student.adapter.merge_and_unload(), None
         student.net.to(student.dtype)
-        where = place(folder, student.name, len(students) > 1)
+        where = learner_folder(folder, student.name, len(students) > 1)
         save_model(student, where)
         student.tok.save_pretrained(where)

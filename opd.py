@@ -10,14 +10,18 @@ completion of a prompt, z and w both models' logits at its N tokens, the loss is
     loss = (weight_N * value_N).sum()                   # weight: 1 / length / number of rollouts
     loss.backward()                                     # y is data: no gradient passes through the sampling
 
-In kernels/ it is the same loss without the [N, V] tensors.
+In kernels/ it is the same loss without the [N, V] tensors. The loop, for every list of Jobs that a method
+(methods/) yields:
 
-The loop, for every list of Jobs that a method (methods/) yields:
+    sample   the student completes the prompts                                                  Run.sample
+    score    the teacher reads the completions: log p(y), log q(y), and so their gap            score
+    select   the method weighs every rollout; weight 0 drops it                                 methods/
+    weigh    one weight per token, normalised over the whole batch                              weigh
+    update   the gradient of a divergence or of a policy (losses.py), one optimizer step        update
 
-    sample   the student completes the prompts                                              Run.sample
-    score    the teacher reads the completions: log p(y), log q(y), and so their gap        score
-    select   the method's weight per token; what weighs zero is dropped                     weigh
-    update   the gradient of a divergence or of a policy (losses.py), one optimizer step    update
+A Rollout is one completion with its prompt. A Job says who learns, from whom, on which rollouts, with which
+objective and weights (methods/__init__.py). Suffixes name the axes of a tensor: T tokens of one completion,
+N tokens of several in a row, B sequences, H hidden width, V vocabulary.
 
 Left out on purpose: more than one process, inference servers, cross-tokenizer distillation. Dropout is off
 everywhere, so that the distribution that is sampled is the one that is trained.
@@ -42,7 +46,7 @@ import config
 import models
 from config import Refused
 from data.check import check_prompts
-from data.folder import Folder, describe, logged_samples, process_memory, step_line, warn_of_first_step
+from data.folder import Folder, logged_samples, process_memory, rollout_stats, step_line, warn_of_first_step
 from data.graders import grade
 from data.prompts import load_prompts
 from kernels import linear_divergence, linear_logprob
@@ -56,50 +60,48 @@ from models import micro_batches
 
 def train(run):
     """The loop. It never asks which method it runs."""
-    run.begin()                                     # check the start, write config.json, evaluate
+    begin(run)                                      # check the start, write config.json, evaluate
     for jobs in run.jobs():                         # sample, score, select: the method's own lines
         run.score(jobs, gaps=False)                 # what the loss needs and the method has not asked for
         weights = weigh(jobs)                       # one number per token, normalised over the whole batch
         stats = update(run, jobs, weights)          # backward of all Jobs, then one step of every learner
-        run.record(jobs, weights, stats)            # count, log, evaluate, save
-    run.finish()
+        record(run, jobs, weights, stats)           # count, log, evaluate, save
+    finish(run)
 
 
 @torch.no_grad()
 def score(job, gaps, micro_tokens):
-    """Let a Job's teacher read its rollouts, once, so that the update needs no teacher.
+    """Let a Job's teacher read its rollouts, once. After that the update needs no more than its output head.
 
     Fills job.hidden_t, the teacher's hidden states in main memory, if the objective is a divergence. With
-    `gaps` also job.lp and job.lq, log p(y) and log q(y) of every token. What is known is not asked again, and
-    a rollout whose weight is known to be 0 is not read.
+    `gaps`, and for the loss pg, also job.lp and job.lq, log p(y) and log q(y) of every token. What is known
+    is not asked again, and a rollout whose weight is known to be 0 is not read.
     """
     learner, teacher, objective, rollouts = job.learner, job.teacher, job.objective, job.rollouts
-    states = objective.divergence is not None and job.hidden_t is None
-    gaps = (gaps or objective.label == "pg") and job.lp is None
-    if teacher is None or not (states or gaps):
+    need_states = objective.divergence is not None and job.hidden_t is None
+    need_gaps = (gaps or objective.label == "pg") and job.lp is None
+    if teacher is None or not (need_states or need_gaps):
         return
     read = [i for i in range(len(rollouts)) if job.weights is None or torch.as_tensor(job.weights[i]).any()]
-    hidden, lp, lq = ([None] * len(rollouts) for _ in range(3))
-    lengths = [len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read]
+    hidden = [None] * len(rollouts)                         # None stays where a rollout is not read
+    lp, lq = list(hidden), list(hidden)
+    lengths = {i: len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read}
     with teacher.on_device():
-        head_t_VH = teacher.head_VH.to(learner.device) if gaps else None
+        # the product with the vocabulary is made where the student is, also with --teacher_device cpu
+        head_t_VH = teacher.head_VH.to(learner.device) if need_gaps else None
         for group in micro_batches(lengths, micro_tokens):
-            group = [read[i] for i in group]
             completions = [rollouts[i].ids_T for i in group]
             hidden_NH = teacher.hidden_states([rollouts[i].teacher_ids for i in group], completions)
-            if states:
-                parts = hidden_NH.cpu().split([len(ids_T) for ids_T in completions])
-                put(hidden, group, parts)
-            if gaps:
-                found = teacher.token_log_probs(hidden_NH.to(learner.device), completions,
-                                                objective.temperature, head_t_VH, learner.vocab)
-                put(lq, group, found)
-    if states:
+            if need_states:
+                put(hidden, group, hidden_NH.cpu().split([len(ids_T) for ids_T in completions]))
+            if need_gaps:
+                put(lq, group, teacher.token_log_probs(hidden_NH.to(learner.device), completions,
+                                                       objective.temperature, head_t_VH, learner.vocab))
+    if need_states:
         job.hidden_t = hidden
-    if gaps:
-        found = learner.log_probs([rollouts[i].prompt_ids for i in read], [rollouts[i].ids_T for i in read],
-                                  micro_tokens, objective.temperature)
-        put(lp, read, found)
+    if need_gaps:
+        prompts, completions = [rollouts[i].prompt_ids for i in read], [rollouts[i].ids_T for i in read]
+        put(lp, read, learner.log_probs(prompts, completions, micro_tokens, objective.temperature))
         job.lp, job.lq = lp, lq
 
 
@@ -113,52 +115,53 @@ def weigh(jobs):
     """Return the weight of every token: for each Job a list with one tensor [T] per rollout.
 
     It is the method's weight (selection, scale, advantage), divided by the rollout's length where the Job's
-    loss is a mean over tokens, and by the learner's number of rollouts in this step: the kept ones, or what
-    its Jobs count. So micro-batches never matter. Jobs on the same completions count them once.
+    loss is a mean over tokens, and by the learner's number of rollouts in this step. So micro-batches never
+    matter.
     """
-    weights, kept, counted = [], {}, {}
+    weights = []
     for job in jobs:
         given = [1.0] * len(job.rollouts) if job.weights is None else job.weights
         weights.append([torch.as_tensor(w, dtype=torch.float64, device=r.ids_T.device).expand(len(r.ids_T))
                         for w, r in zip(given, job.rollouts, strict=True)])
+    counts = rollout_counts(jobs, weights)
+    for job, job_weights in zip(jobs, weights):
+        for i, w_T in enumerate(job_weights):
+            length = len(w_T) if job.tokens == "mean" else 1
+            job_weights[i] = w_T / (length * counts[job.learner])
+    return weights
+
+
+def rollout_counts(jobs, weights):
+    """Return {learner: what its loss is divided by}: its rollouts that have a weight, or what its Jobs count.
+
+    A completion is known by its tensor of ids: several Jobs may hold it, and it counts once.
+    """
+    kept, counted = {}, {}                  # learner -> completions; learner -> {completions: Job.count}
+    for job, job_weights in zip(jobs, weights):
         kept.setdefault(job.learner, set())
         counted.setdefault(job.learner, {})
         if job.count is None:
-            kept[job.learner] |= {id(r.ids_T) for r, w_T in zip(job.rollouts, weights[-1]) if w_T.any()}
+            kept[job.learner] |= {id(r.ids_T) for r, w_T in zip(job.rollouts, job_weights) if w_T.any()}
         else:
             counted[job.learner][frozenset(id(r.ids_T) for r in job.rollouts)] = job.count
-    out = []
-    for job, some in zip(jobs, weights):
-        divisor = max(len(kept[job.learner]) + sum(counted[job.learner].values()), 1)
-        out.append([w_T / ((len(w_T) if job.tokens == "mean" else 1) * divisor) for w_T in some])
-    return out
+    return {learner: max(len(kept[learner]) + sum(counted[learner].values()), 1) for learner in kept}
 
 
 def backward(run, job, weights):
     """Add a Job's gradient to its learner. Returns (loss, stats: name -> tensor over the weighted tokens)."""
     learner, teacher, objective = job.learner, job.teacher, job.objective
     kept = [i for i, w_T in enumerate(weights) if w_T.any()]
-    lengths = [len(job.rollouts[i].prompt_ids) + len(job.rollouts[i].ids_T) for i in kept]
+    lengths = {i: len(job.rollouts[i].prompt_ids) + len(job.rollouts[i].ids_T) for i in kept}
     head_t_VH = teacher.head_VH.detach().to(learner.device) if objective.divergence else None
-    free_gap = job.lp is None and run.cfg.target == "teacher" and objective.target == (1.0, 0.0)
+    kind = dict(divergence=objective.divergence, knob=objective.knob, target=objective.target,
+                support=objective.support, top_k=objective.top_k)
+    note = job.lp is None and gap_is_free(run, objective, [weights[i] for i in kept])
     total, collected = 0.0, {}
     for group in micro_batches(lengths, run.cfg.micro_tokens):
-        group = [kept[i] for i in group]
-        rollouts = [job.rollouts[i] for i in group]
-        completions = [r.ids_T for r in rollouts]
-        hidden_NH = learner.hidden_states([r.prompt_ids for r in rollouts], completions)
-        weight_N = torch.cat([weights[i] for i in group])
-        if objective.label == "pg":                             # the advantage of a token is its gap
-            assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
-            weight_N = weight_N * torch.cat([
-                policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
-                                       objective.importance) for i in group])
-        elif objective.cap and all(r.logp_T is not None for r in rollouts):
-            with torch.no_grad():
-                lps = learner.token_log_probs(hidden_NH, completions, objective.temperature)
-            weight_N = weight_N * torch.cat([truncated_importance(lp_T, r.logp_T, objective.cap)
-                                             for lp_T, r in zip(lps, rollouts)])
+        completions = [job.rollouts[i].ids_T for i in group]
         labels_N = torch.cat(completions)
+        hidden_NH = learner.hidden_states([job.rollouts[i].prompt_ids for i in group], completions)
+        weight_N = torch.cat([weights[i] for i in group]) * correction(job, group, hidden_NH)
         common = dict(temperature=objective.temperature, vocab=learner.vocab)
         if objective.label:
             loss, stats = linear_logprob(hidden_NH, learner.head_VH, labels_N, weight_N,
@@ -166,11 +169,9 @@ def backward(run, job, weights):
         else:
             hidden_t_NH = torch.cat([job.hidden_t[i] for i in group]).to(learner.device)
             loss, stats = linear_divergence(
-                hidden_NH, learner.head_VH, hidden_t_NH, head_t_VH, weight_N, divergence=objective.divergence,
-                knob=objective.knob, target=objective.target, support=objective.support,
-                top_k=objective.top_k, labels_N=labels_N, softcap_s=learner.softcap,
-                softcap_t=teacher.softcap, **common)
-            if free_gap:
+                hidden_NH, learner.head_VH, hidden_t_NH, head_t_VH, weight_N, labels_N=labels_N,
+                softcap_s=learner.softcap, softcap_t=teacher.softcap, **kind, **common)
+            if note:
                 note_gap(job, group, stats)
         loss.backward()
         total += loss.item()
@@ -179,8 +180,36 @@ def backward(run, job, weights):
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
 
 
+@torch.no_grad()
+def correction(job, group, hidden_NH):
+    """Return the factor of the tokens' weights that depends on the sampler: 1, or a tensor [N].
+
+    For pg it is the advantage with its importance weight. Elsewhere, with a cap, it is the importance weight
+    of the sampled rollouts; fixed data was not sampled.
+    """
+    objective, rollouts = job.objective, [job.rollouts[i] for i in group]
+    if objective.label == "pg":
+        assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
+        return torch.cat([policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
+                                                 objective.importance) for i in group])
+    if not objective.cap or all(r.logp_T is None for r in rollouts):
+        return 1
+    lps = job.learner.token_log_probs(hidden_NH, [r.ids_T for r in rollouts], objective.temperature)
+    return torch.cat([torch.ones_like(lp_T) if r.logp_T is None else
+                      truncated_importance(lp_T, r.logp_T, objective.cap) for lp_T, r in zip(lps, rollouts)])
+
+
+def gap_is_free(run, objective, weights):
+    """Whether the loss computes log p(y) and log q(y) of all tokens anyway: a divergence from the teacher.
+
+    taid and veto end at the teacher, but in their last step only. Tokens without a weight are skipped.
+    """
+    plain = objective.divergence and objective.target == (1.0, 0.0) and run.cfg.target == "teacher"
+    return bool(plain) and all(w_T.all() for w_T in weights)
+
+
 def note_gap(job, group, stats):
-    """Keep log p(y) and log q(y), which a divergence from the teacher computes anyway, of some rollouts."""
+    """Keep log p(y) and log q(y) of some rollouts, from the statistics of the loss."""
     if job.lp is None:
         job.lp, job.lq = [None] * len(job.rollouts), [None] * len(job.rollouts)
     lengths = [len(job.rollouts[i].ids_T) for i in group]
@@ -200,10 +229,12 @@ def update(run, jobs, weights):
     """Add up the gradients of all Jobs, make one step of every learner, and return the step's statistics."""
     cfg, step, norm = run.cfg, run.state["step"], 0.0
     with run.timed("update"):
-        losses, stats = zip(*(backward(run, job, w) for job, w in zip(jobs, weights)))
-        for learner in dict.fromkeys(job.learner for job in jobs):
+        results = [backward(run, job, job_weights) for job, job_weights in zip(jobs, weights)]
+        losses, stats = zip(*results)
+        for learner in dict.fromkeys(job.learner for job in jobs):      # once, however many Jobs it has
             lr = learning_rate(cfg, learner.updates)
-            norm += torch.nn.utils.clip_grad_norm_(learner.net.parameters(), cfg.grad_clip or math.inf).item()
+            most = cfg.grad_clip or math.inf                            # inf: measured, not clipped
+            norm += torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()
             if not math.isfinite(norm + sum(losses)):
                 raise Refused(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; "
                               f"lower --lr or look at the data. What {run.out} holds is intact")
@@ -213,24 +244,93 @@ def update(run, jobs, weights):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             learner.updates += 1
-            if learner.average and cfg.self_teacher == "ema":   # a snapshot waits for run.refresh
+            if learner.average and cfg.self_teacher == "ema":           # a snapshot waits for run.refresh
                 models.follow(learner.average, cfg.ema_rate)
-    whole = describe(jobs, weights, stats)
-    parts = {}
-    for job, w, s in zip(jobs, weights, stats):
-        name = job.branch if job.branch not in parts else f"{job.branch}, {job.learner.name}"
-        parts[name] = describe([job], [w], [s])
     branches = by_branch([r for job in jobs for r in job.rollouts])
+    by_job = {}
+    for job, job_weights, job_stats in zip(jobs, weights, stats):
+        # a branch on which two learners train is told apart by the learner's name
+        name = job.branch if job.branch not in by_job else f"{job.branch}, {job.learner.name}"
+        by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
-            **whole, **({"branches": parts} if len(jobs) > 1 else {})}
+            **rollout_stats(jobs, weights, stats), **({"branches": by_job} if len(jobs) > 1 else {})}
 
 
 def gradients(run, job, parameters, weights=None):
-    """Return the gradient of a Job for some parameters, without leaving it there. For lab/diagnosis.py."""
+    """Return a Job's gradient for some parameters, and clear it again. lab/diagnosis.py uses it."""
     backward(run, job, weigh([job])[0] if weights is None else weights)
     out = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     job.learner.net.zero_grad(set_to_none=True)
     return out
+
+
+# ---- before the loop, after every step, and at the end -----------------------------------------------------
+
+def begin(run):
+    """Check the start, write config.json, and say in metrics.jsonl where the student started."""
+    check_samplers(run)
+    run.folder.write_config(config.record(run.cfg))
+    if run.state["step"] == 0:
+        run.folder.put_logs_aside()
+        run.folder.log("metrics", {"step": -1, **measure(run, 0)})
+    if run.state["step"] >= run.total:
+        tqdm.write(f"{run.out} has done its {run.state['step']} steps; more --steps go on from there")
+
+
+def check_samplers(run):
+    """See that what is sampled is what is trained, on eight short completions that nobody learns from."""
+    cfg, rows = run.cfg, math.ceil(8 / len(run.prompts))
+    for student in run.students:
+        prompts = []
+        for branch_rows in run.prompts.values():
+            prompts += [student.encode(row["prompt"]) for row in branch_rows[:rows]]
+        with run.without_side_effects(), student.on_device():
+            models.check_sampler(student, prompts, min(cfg.max_new_tokens, 32), cfg.sample_batch,
+                                 cfg.micro_tokens)
+    if cfg.temperature != 1 or cfg.top_p < 1:
+        tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
+                   "p itself; only the weights of --loss pg and --importance_cap correct for it")
+
+
+def measure(run, step):
+    """Return the evaluation and the diagnosis that are due after so many steps."""
+    # before the first step, after the last one, and every so many
+    due = lambda every: step in (0, run.total) or (every and step % every == 0)
+    out = {}
+    if getattr(run.cfg, "diagnose_every", 0) and due(run.cfg.diagnose_every):
+        diagnosis = lab("diagnosis", "--diagnose_every")
+        out["diagnosis"] = diagnosis.diagnose(run, functools.partial(gradients, run))
+    if due(run.cfg.eval_every):
+        out["eval"] = run.evaluate()
+    return out
+
+
+def record(run, jobs, weights, stats):
+    """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
+    cfg, state = run.cfg, run.state
+    for job, job_weights in zip(jobs, weights):
+        for sample in logged_samples(job, job_weights, cfg.log_samples):
+            run.folder.log("samples", {"step": state["step"], **sample})
+    if state["step"] == 0:
+        warn_of_first_step(cfg, stats)
+    state["step"] += 1
+    stats |= measure(run, state["step"])
+    parts = {name: peak / 2**30 for name, peak in run.peaks.items()}
+    stats |= {"seconds": run.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
+              **({"memory_gib_by_part": parts} if parts else {}),
+              "sampled_tokens": state["sampled_tokens"], **run.notes}
+    run.folder.log("metrics", stats)
+    tqdm.write(step_line(stats, cfg.loss, run.total, run.notes), file=sys.stdout)
+    run.clock, run.peaks, run.notes = {}, {}, {}
+    if state["step"] == run.total or (cfg.save_every and state["step"] % cfg.save_every == 0):
+        run.folder.save(run.learners, state)
+
+
+def finish(run):
+    """Write final/ and, where lab/ is there, the report."""
+    run.folder.finish(run.students)
+    if report := lab("report"):
+        report.write_run(run.out)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -242,14 +342,14 @@ class Run:
         self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]
         self.folder = Folder(self.out)
         self.read_prompts()
-        before = config.check_resume(cfg)
-        checkpoint = self.folder.find_checkpoint(look_only=cfg.dry_run) if before else None
+        previous = config.check_resume(cfg)
+        checkpoint = self.folder.find_checkpoint(look_only=cfg.dry_run) if previous else None
         if checkpoint:
-            cfg.max_new_tokens = cfg.max_new_tokens or before.get("max_new_tokens")
-            config.check_same_experiment(cfg, before)
+            cfg.max_new_tokens = cfg.max_new_tokens or previous.get("max_new_tokens")
+            config.check_same_experiment(cfg, previous)
         self.load_models(checkpoint)
-        thinks = models.may_think(self.student)
-        cfg.max_new_tokens = cfg.max_new_tokens or (2048 if thinks else 512)
+        if not cfg.max_new_tokens:                              # it depends on the student's chat template
+            cfg.max_new_tokens = 2048 if models.may_think(self.student) else 512
         cursor = dict.fromkeys(self.branches, 0)                # of each student, in each branch
         self.state = {"step": 0, "sampled_tokens": 0, "memory": {},
                       "cursor": [dict(cursor) for _ in self.students]}
@@ -279,12 +379,12 @@ class Run:
         cfg = self.cfg
         self.students = models.load_students(cfg, checkpoint, self.method.teacher_learns)
         self.student = self.students[0]
-        distinct = models.load_teachers(cfg, checkpoint, self.students, self.method.teacher_learns)
-        self.teachers = {branch: distinct[path] for branch, path in cfg.teachers.items()}
-        self.teacher = next(iter(distinct.values())) if len(distinct) == 1 else None
+        by_path = models.load_teachers(cfg, checkpoint, self.students, self.method.teacher_learns)
+        self.teachers = {branch: by_path[path] for branch, path in cfg.teachers.items()}
+        self.teacher = next(iter(by_path.values())) if len(by_path) == 1 else None     # the only one
         kind = getattr(cfg, "self_teacher", None)
         self.self_teachers = [models.make_self_teacher(student, kind, cfg) for student in self.students]
-        self.learners = self.students + [t for t in distinct.values() if isinstance(t, models.Learner)]
+        self.learners = self.students + [t for t in by_path.values() if isinstance(t, models.Learner)]
 
     # -- what a method asks for
 
@@ -307,7 +407,8 @@ class Run:
     def objective(self):
         """The objective of the current step: the target moves with the training."""
         cfg = self.cfg
-        done = min(self.state["step"] / (self.total - 1), 1.0) if self.total > 1 else 1.0
+        done = min(self.state["step"] / max(self.total - 1, 1), 1.0)    # 0 in the first step, 1 in the last
+        done = done if self.total > 1 else 1.0
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
                        top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
@@ -315,7 +416,7 @@ class Run:
 
     @property
     def memory(self):
-        """A method's own values (JSON) that survive a restart."""
+        """A method's own values, plain Python data, which the checkpoint keeps."""
         return self.state["memory"]
 
     def once(self, key, make):
@@ -329,15 +430,16 @@ class Run:
         own = {name: getattr(self.cfg, name) for name in self.method.own}
         method = self.method.generator(self, **own)
         with tqdm(total=self.total, initial=self.state["step"], desc=self.cfg.out, unit="step") as progress:
-            while True:
+            while self.state["step"] < self.total:
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.state["step"])
-                if (jobs := next(method, None)) is None:
+                jobs = next(method, None)                       # the method goes on up to its next yield
+                if jobs is None:
                     return
                 yield jobs
                 progress.update()
 
     def steps(self):
-        """Yield the steps still to do. The loop counts them: a method may yield more than once in each."""
+        """Yield the number of every step still to do. What a method yields counts as one step."""
         while self.state["step"] < self.total:
             yield self.state["step"]
 
@@ -346,16 +448,19 @@ class Run:
 
         They are shuffled anew in every epoch. Of two students each goes through all, in the same order.
         """
-        out, cursors = [], self.state["cursor"][self.students.index(student or self.student)]
-        counts = {branch: self.cfg.batch if count is None else count} if branch else self.shares
-        for branch, count in counts.items():
-            prompts, cursor = self.prompts[branch], cursors[branch]
-            for position in range(cursor, cursor + count):
+        counts = self.shares
+        if branch:
+            counts = {branch: self.cfg.batch if count is None else count}
+        cursors = self.state["cursor"][self.students.index(student or self.student)]
+        drawn = []
+        for name, many in counts.items():
+            prompts = self.prompts[name]
+            for position in range(cursors[name], cursors[name] + many):         # counted through all epochs
                 epoch, i = divmod(position, len(prompts))
-                order = shuffled(len(prompts), f"{self.cfg.seed} {branch} {epoch}")
-                out.append(prompts[order[i]])
-            cursors[branch] += count
-        return out
+                order = shuffled(len(prompts), f"{self.cfg.seed} {name} {epoch}")
+                drawn.append(prompts[order[i]])
+            cursors[name] += many
+        return drawn
 
     def sample(self, model, prompts, n=None, temperature=None, top_p=None):
         """Return n rollouts of every prompt (default: --rollouts), graded where the prompt has an answer."""
@@ -363,14 +468,15 @@ class Run:
             return []
         n = n or getattr(self.cfg, "rollouts", 1)
         with self.timed("sample"):
-            seen = []
+            inputs = []
             for prompt in prompts:
                 ids = model.encode(prompt["prompt"])
+                # what a learner sees is what it is trained on; a frozen model may see the prompt differently
                 views = self.views(prompt, ids if model in self.learners else None)
-                seen += [(prompt, ids, views)] * n
-            completions = self.complete(model, [ids for _, ids, _ in seen], temperature, top_p)
+                inputs += [(prompt, ids, views)] * n
+            completions = self.complete(model, [ids for _, ids, _ in inputs], temperature, top_p)
             rollouts = []
-            for (prompt, _, views), (ids_T, logp_T) in zip(seen, completions, strict=True):
+            for (prompt, _, views), (ids_T, logp_T) in zip(inputs, completions, strict=True):
                 r = self.rollout(prompt, ids_T.to(self.student.device), views, logp_T=logp_T,
                                  text=model.decode(ids_T))
                 if "answer" in prompt:
@@ -435,8 +541,8 @@ class Run:
         """Whether a prompt and `more` tokens have room in the students' positions."""
         return len(ids) + more <= min(student.positions for student in self.students)
 
-    def scores(self, model, sets, n, part=None):
-        """Return {set: mean reward} of a model on sets of prompts; the seconds count as `part` of a step."""
+    def mean_rewards(self, model, sets, n, part=None):
+        """Return {set: mean reward} of a model on sets of prompts. Seconds count as `part` of the step."""
         cfg = self.cfg
         n = n if cfg.eval_temperature > 0 else 1                # greedy completions are all the same
         out = {}
@@ -448,7 +554,7 @@ class Run:
 
     def evaluate(self):
         """Return the mean reward per --eval_prompts set, of two students as "1/SET" and "2/SET"."""
-        scores = [self.scores(student, self.evals, self.cfg.eval_rollouts) for student in self.students]
+        scores = [self.mean_rewards(student, self.evals, self.cfg.eval_rollouts) for student in self.students]
         if len(scores) == 1:
             return scores[0]
         return {f"{i}/{name}": x for i, named in enumerate(scores, 1) for name, x in named.items()}
@@ -457,7 +563,8 @@ class Run:
     def without_side_effects(self, part=None):
         """Context manager for measurements: clock, counters, cursors, notes and randomness stay as they are.
 
-        Every one has the same randomness. With a name its seconds count as that part of the step.
+        Every measurement starts from the same seed. If `part` is given, its seconds count as that part of the
+        step.
         """
         clock, notes, spent = dict(self.clock), dict(self.notes), self.state["sampled_tokens"]
         cursors = [dict(cursor) for cursor in self.state["cursor"]]
@@ -482,67 +589,6 @@ class Run:
             torch.cuda.synchronize(device)
             self.peaks[part] = max(self.peaks.get(part, 0), torch.cuda.max_memory_allocated(device))
         self.clock[part] = self.clock.get(part, 0.0) + time.perf_counter() - started
-
-    # -- before, after every step, and at the end
-
-    def begin(self):
-        """Check the start, write config.json, and say in metrics.jsonl where the student started."""
-        self.check_samplers()
-        self.folder.write_config(config.record(self.cfg))
-        if self.state["step"] == 0:
-            self.folder.put_logs_aside()
-            self.folder.log("metrics", {"step": -1, **self.measure(0)})
-        if self.state["step"] >= self.total:
-            tqdm.write(f"{self.out} has done its {self.state['step']} steps; more --steps go on from there")
-
-    def check_samplers(self):
-        """See that what is sampled is what is trained, on eight short completions that nobody learns from."""
-        cfg, rows = self.cfg, -(-8 // len(self.prompts))
-        for student in self.students:
-            prompts = [student.encode(p["prompt"]) for some in self.prompts.values() for p in some[:rows]]
-            with self.without_side_effects(), student.on_device():
-                models.check_sampler(student, prompts, min(cfg.max_new_tokens, 32), cfg.sample_batch,
-                                     cfg.micro_tokens)
-        if cfg.temperature != 1 or cfg.top_p < 1:
-            tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling "
-                       "from p itself; only the weights of --loss pg and --importance_cap correct for it")
-
-    def measure(self, step):
-        """Return the evaluation and the diagnosis that are due after so many steps."""
-        due = lambda every: step in (0, self.total) or (every and step % every == 0)
-        out = {}
-        if getattr(self.cfg, "diagnose_every", 0) and due(self.cfg.diagnose_every):
-            diagnosis = lab("diagnosis", "--diagnose_every")
-            out["diagnosis"] = diagnosis.diagnose(self, functools.partial(gradients, self))
-        if due(self.cfg.eval_every):
-            out["eval"] = self.evaluate()
-        return out
-
-    def record(self, jobs, weights, stats):
-        """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
-        cfg, state = self.cfg, self.state
-        for job, some in zip(jobs, weights):
-            for sample in logged_samples(job, some, cfg.log_samples):
-                self.folder.log("samples", {"step": state["step"], **sample})
-        if state["step"] == 0:
-            warn_of_first_step(cfg, stats)
-        state["step"] += 1
-        stats |= self.measure(state["step"])
-        parts = {name: peak / 2**30 for name, peak in self.peaks.items()}
-        stats |= {"seconds": self.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
-                  **({"memory_gib_by_part": parts} if parts else {}),
-                  "sampled_tokens": state["sampled_tokens"], **self.notes}
-        self.folder.log("metrics", stats)
-        tqdm.write(step_line(stats, cfg.loss, self.total, self.notes), file=sys.stdout)
-        self.clock, self.peaks, self.notes = {}, {}, {}
-        if state["step"] == self.total or (cfg.save_every and state["step"] % cfg.save_every == 0):
-            self.folder.save(self.learners, state)
-
-    def finish(self):
-        """Write final/ and, where lab/ is there, the report."""
-        self.folder.finish(self.students)
-        if report := lab("report"):
-            report.write_run(self.out)
 
 
 @functools.lru_cache(maxsize=8)
@@ -570,7 +616,7 @@ LESS_MEMORY = ("What takes less memory: lower --micro_tokens or --sample_batch, 
 
 def configure(argv=None):
     """Return the settings of a run from the command line."""
-    return config.parse(argv, __doc__, METHODS)
+    return config.parse(argv, __doc__.partition("\n\nIn kernels/")[0], METHODS)
 
 
 def main(argv=None):

@@ -71,12 +71,12 @@ class Folder:
 
 # ---- what a run says of a step -----------------------------------------------------------------------------
 
-def describe(jobs, weights, stats):
+def rollout_stats(jobs, weights, stats):
     """Return what the rollouts of some Jobs were like: means over rollouts and over tokens, in nats."""
     mean = lambda parts: torch.cat(parts).mean().item() if parts else None
     distinct = {}                                           # Jobs on the same completions count them once
-    for job, some in zip(jobs, weights):
-        for r, gap_T, w_T in zip(job.rollouts, job.gaps, some):
+    for job, job_weights in zip(jobs, weights):
+        for r, gap_T, w_T in zip(job.rollouts, job.gaps, job_weights):
             distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), job.learner.stops))
     rollouts, gaps, kept, stops = zip(*distinct.values())
     gaps = [gap_T for gap_T in gaps if gap_T is not None]

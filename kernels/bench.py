@@ -406,7 +406,8 @@ def draw(record, path):
             if points:
                 right.plot(*zip(*points), style, color=f"C{i}" if several else None, label=f"{name} {loss}")
     left.axvline(1, color="grey", linewidth=0.8)
-    ticks = [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24]
+    most = max((row["over_floor"] for row in rows), default=1)
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if tick <= most]
     left.set_xscale("log")
     left.set_xticks(ticks, map(str, ticks))
     left.minorticks_off()

@@ -19,16 +19,20 @@ What a method may use of the run:
     run.self_teacher(student)           a student as its own teacher; run.refresh(it) renews it
     run.branches, run.prompts, run.shares   names and rows of the prompts, and how many of each are in a batch
     run.draw(branch, ..)                the next prompts
-    run.sample(model, prompts)          Rollouts of a model's, graded
+    run.sample(model, prompts)          rollouts of a model, graded where the prompt has an answer
     run.references(prompts)             texts of the prompt file as Rollouts
+    run.fixed(prompt, ids, text)        other fixed data as a Rollout
+    run.complete(model, prompts)        what a model writes after lists of token ids, ungraded
     run.route(rollouts)                 one Job per branch, each with its teacher
     run.score(jobs)                     the teachers read: fills lp, lq, and so the gaps
     run.objective                       this step's objective
     run.memory, run.once(key, make)     what survives a restart
-    run.notes                           what this step's line of metrics.jsonl says besides
-    run.without_side_effects()          for measurements; run.scores(model, prompts, n) is one
+    run.notes                           further values for this step's line of metrics.jsonl
+    run.without_side_effects()          for measurements; run.mean_rewards(model, sets, n) is one
     run.train_only(student)             with two students: the other one may leave the GPU
-    run.cfg                             every setting
+    run.fits(ids, n), run.timed(part)   room in the models' positions; seconds of a part of the step
+    run.templates, run.gate_prompts     of --templates and --val_prompts
+    run.cfg, run.state["step"]          every setting; the number of the step
 
 and of a model, to probe it: encode, decode, generate, hidden_states, log_probs (models.py).
 """
@@ -65,9 +69,9 @@ class Job:
     teacher: Any                            # None when the objective needs no teacher
     rollouts: list
     objective: Objective
-    weights: list | None = None             # per rollout a number, or a tensor [T] of its tokens; None: ones
+    weights: list | None = None             # per rollout a number, or a tensor [T], one per token; None: ones
     tokens: str = "mean"                    # a rollout's loss: "mean" or "sum" over its tokens
-    count: int | None = None                # what the loss is divided by; None: the rollouts with a weight
+    count: int | None = None                # what the loss is divided by; None: the rollouts of weight not 0
     lp: list | None = None                  # log p(y) of every rollout, [T], once scored; None: not read
     lq: list | None = None                  # log q(y), likewise
     hidden_t: list | None = None            # the teacher's hidden states of every rollout, [T, H], likewise
@@ -81,7 +85,7 @@ class Job:
 
     @property
     def branch(self):
-        """The branch of its prompts."""
+        """The branch of its rollouts' prompts; of several the first one's."""
         return self.rollouts[0].prompt["branch"]
 
 
@@ -111,7 +115,7 @@ def grouped(items, key):
 
 
 def jobs_by_branch(run, learner, teacher, rollouts, weights, **options):
-    """Return one Job per branch, so that each has its own statistics; they share the step's divisor."""
+    """Return one Job per branch. The gradient is that of a single Job; the statistics are kept apart."""
     weight = {id(rollout): w for rollout, w in zip(rollouts, weights, strict=True)}
     return [Job(learner, teacher, group, run.objective, [weight[id(r)] for r in group], **options)
             for group in by_branch(rollouts).values()]
@@ -136,7 +140,7 @@ def written_once(run, prompts, write):
 # ---- the table of methods ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Own:
+class OwnFlag:
     """A method's own flag: a keyword argument of its generator."""
     default: object
     type: Callable
@@ -147,14 +151,15 @@ class Own:
 class Method:
     generator: Callable                     # run, own flags -> lists of Jobs
     losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
-    own: dict                               # {flag: Own}
+    own: dict                               # {flag: OwnFlag}
     defaults: dict                          # every flag that it has a default of its own for -> the default
     teachers: str = "each"                  # --teachers: "each" branch has one, "one" for all, or "none"
     students: int = 1
     needs: tuple = ()                       # what every training prompt has to have: "solution", "answer"
     samples: bool = True                    # whether it generates completions of the training prompts
     teacher_learns: bool = False            # whether the teachers are Learners, too
-    select: Callable | None = None          # run, scored Jobs, own flags: sets their weights
+    select: Callable | None = None          # run, scored Jobs, own flags: sets their weights, also for
+    #                                         lab/diagnosis.py
     check: Callable | None = None           # settings: refuses what cannot work together
     reads: Callable | None = None           # run, model, row -> the longest prompt of a self-teacher or tutor
 
@@ -169,7 +174,7 @@ def method(losses, *, defaults=None, **facts):
     also the flags that exist for such methods only. facts: fields of Method.
     """
     def register(generator):
-        own = {name: Own(p.default, p.annotation, help_of(generator, name))
+        own = {name: OwnFlag(p.default, p.annotation, help_of(generator, name))
                for name, p in inspect.signature(generator).parameters.items()
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
         every = {name: flag.default for name, flag in own.items()} | (defaults or {})
@@ -190,12 +195,16 @@ def any_divergence(first, *others):
     return tuple(dict.fromkeys([first, *DIVERGENCES, *others]))
 
 
+# ---- defaults that several methods share; they also say which methods have these flags ---------------------
+
 DIAGNOSED = dict(diagnose_every=0, diagnose_rollouts=None, diagnose_layers=0)
 EMA = dict(self_teacher="ema", ema_rate=0.05, templates=None)
 FROZEN = EMA | dict(self_teacher="frozen")
 
-for file in pkgutil.iter_modules(__path__):             # every file of this folder may register methods
+# Last, since these files import what stands above: every file of this folder may register methods.
+for file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{file.name}")
 
-ORDER = "sft seqkd kd gkd opd mopd camopd focus grpo dpo star opsd sdpo opcod".split()         # of --help
+# In the order of --help; methods that ORDER does not name come last.
+ORDER = "sft seqkd kd gkd opd mopd camopd focus grpo dpo star opsd sdpo opcod".split()
 METHODS = {name: METHODS[name] for name in ORDER} | METHODS

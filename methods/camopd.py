@@ -7,6 +7,9 @@ The first branch is the one to recover (general), the others are preserved (doma
     s_i = mean_t |D_t| if b is general, else mean_t [D_t]+                                            (6), (7)
     S_b = the shortest prefix of rollouts, by descending s, that holds the share rho_b of the sum of s     (8)
     L_b = -1/|S_b| sum_{i in S_b} 1/T_i sum_t w_t (r_b A_t) log p(y_t)                                     (9)
+
+The advantage A_t is the gap D_t, and w_t the importance weight (losses.importance_weight). n_g : 1 is
+--schedule, rho_b --mass and r_b --scale.
 """
 import torch
 
@@ -21,7 +24,7 @@ def check(cfg):
         raise Refused("--scale 0 for every branch trains nothing")
 
 
-def select(run, jobs, *, mass, scale, **_):
+def select(run, jobs, *, mass, scale, **_):             # called with all of the method's own flags
     """Weigh the rollouts with the largest gaps with their branch's scale, and the others with 0. Eq. 6-9."""
     for job in jobs:
         demand_B = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])
@@ -36,9 +39,9 @@ def camopd(run, *, schedule: Ratio("mixed") = "3:1", mass: PerBranch(most=1) = 0
 
     Each part has its switch, and with all three off this is mopd.
 
-    schedule    steps of the first branch : of the second : ..; "mixed" takes all branches in every step, and
-                selection is then pooled: every kept rollout of either branch weighs the same (the paper does
-                not define this case); CaMOPD eq. 5
+    schedule    steps of the first branch : of the second : ..; "mixed" takes all branches in every step:
+                rollouts are still selected within their branch, and the mean is over the kept rollouts of all
+                branches (the paper does not define this case); CaMOPD eq. 5
     mass        share of the gap mass that the kept rollouts hold, for all branches or [BRANCH=]RHO; 1 keeps
                 every rollout; CaMOPD eq. 8
     scale       factor on the branch's loss, [BRANCH=]R; default: 2 for the first branch, 1 for the others;
@@ -78,7 +81,7 @@ def positive_gap(gap_T):
 
 
 def top_gap_mass(score_B, mass):
-    """Boolean [B]: the shortest prefix by descending score that holds `mass` of the total. Eq. 8.
+    """Return a boolean [B]: the shortest prefix by descending score that holds `mass` of the total. Eq. 8.
 
     score_B: non-negative, one per rollout. mass >= 1 and an all-zero score keep everything.
     """
@@ -88,7 +91,7 @@ def top_gap_mass(score_B, mass):
         return torch.ones_like(score_B, dtype=torch.bool)
     order_B = score_B.argsort(descending=True, stable=True)
     held_B = score_B[order_B].double().cumsum(0) / total         # float32 would reach the total too early
-    first_enough = int((held_B < mass - 1e-9).sum())
+    first_enough = int((held_B < mass - 1e-9).sum())   # 1e-9: of what is `mass` but for rounding
     keep_B = torch.zeros_like(score_B, dtype=torch.bool)
     keep_B[order_B[:first_enough + 1]] = True
     return keep_B

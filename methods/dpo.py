@@ -16,7 +16,8 @@ from . import Job, by_prompt, method
 def check(cfg):
     """Refuse references that are not fixed, and a renewal of one that cannot be renewed."""
     if cfg.self_teacher not in ("snapshot", "frozen"):
-        raise Refused(f"--method dpo: its reference is not {cfg.self_teacher}; choose snapshot or frozen")
+        raise Refused("--method dpo: its reference must not move with the student; choose --self_teacher "
+                      "snapshot or frozen")
     if cfg.renew_every and cfg.self_teacher == "frozen":
         raise Refused("--renew_every needs --self_teacher snapshot")
 
@@ -38,13 +39,13 @@ def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
         rollouts, pairs = preferences(run, run.draw())
         job = Job(run.student, reference, rollouts, run.objective, tokens="sum", count=len(pairs))
         run.score([job])
-        reward = [-dpo_beta * gap_T.double().sum() for gap_T in job.gaps]           # beta r(y)
+        reward = [-dpo_beta * gap_T.double().sum() for gap_T in job.gaps]       # beta r(y): the gap is -r
         margins = torch.stack([reward[i] - reward[j] for i, j in pairs]) if pairs else torch.zeros(0)
-        job.weights = [0.0] * len(rollouts)
+        job.weights = [0.0] * len(rollouts)                 # then the gradient of -log sigmoid, see above
         for (i, j), weight in zip(pairs, dpo_beta * torch.sigmoid(-margins)):
             job.weights[i] += weight
             job.weights[j] -= weight
-        run.notes |= describe(rollouts, pairs, margins)
+        run.notes |= pair_stats(rollouts, pairs, margins)
         yield [job]
 
 
@@ -67,7 +68,7 @@ def preferences(run, prompts):
     return rollouts, pairs
 
 
-def describe(rollouts, pairs, margins):
+def pair_stats(rollouts, pairs, margins):
     """Return what metrics.jsonl shows of a step's pairs: the loss, and means over pairs."""
     mean = lambda numbers: sum(numbers) / max(len(numbers), 1)
     return {"pairs": len(pairs), "dpo_loss": mean((-torch.nn.functional.logsigmoid(margins)).tolist()),

@@ -82,9 +82,9 @@ REQUIRED = {name: set(re.findall(r"{(\w+)}", text)) - DOMAINS for name, text in 
 
 
 def read_templates(path):
-    """Templates from a JSON object with some of their names; the others keep their default.
+    """Return Templates from a JSON file that may name some of them; the others keep their default.
 
-    Anything unusable is a ValueError of one line. A literal brace is written twice, as for str.format.
+    Whatever is unusable is refused in one line. A literal brace is written twice, as for str.format.
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -114,7 +114,7 @@ def read_templates(path):
 
 
 def last_question(prompt):
-    """Index of a chat's last user message, and its content; for text None, and the text."""
+    """Return the index of a chat's last user message, and its content; for text None, and the text."""
     if not is_chat(prompt):
         return None, prompt
     for index in reversed(range(len(prompt))):
@@ -124,7 +124,7 @@ def last_question(prompt):
 
 
 def reprompt(prompt, templates, solution=None, environment=None, peer=None):
-    """What the self-teacher sees: the prompt (text or chat) with its last question rewritten; the same kind.
+    """Return what the self-teacher sees: the prompt, text or chat, with its last question rewritten.
 
     None when there is nothing to add: blank text is nothing, and a solution that is all thinking is blank.
     """
@@ -143,7 +143,7 @@ def with_answer(prompt, templates, answer):
 
 
 def with_question(prompt, template, **given):
-    """The same prompt, text or chat, with its last question in a template."""
+    """Return the same prompt, text or chat, with its last question in a template."""
     index, question = last_question(prompt)
     text = template.format(prompt=question, **given)
     return text if index is None else [*prompt[:index], prompt[index] | {"content": text},
@@ -151,7 +151,7 @@ def with_question(prompt, template, **given):
 
 
 def tutor_prompt(prompt, response, templates, tutor_domain, tutee_domain, anchored=True):
-    """A tutor's prompt: text for text, one user message for a chat (its system prompt is the student's)."""
+    """Return a tutor's prompt: text for text, one user message for a chat (without its system prompt)."""
     index, question = last_question(prompt)
     text = (templates.anchored if anchored else templates.unanchored).format(
         question=question, response=response, tutor_domain=tutor_domain, tutee_domain=tutee_domain)
@@ -159,7 +159,7 @@ def tutor_prompt(prompt, response, templates, tutor_domain, tutee_domain, anchor
 
 
 def accept(text, question, anchored=True, most_words=MOST_WORDS, finished=True):
-    """What a tutee may read of a tutor's text: (feedback, "kept") or (None, why not), one of OUTCOMES.
+    """Return what a tutee may read of a tutor's text: (feedback, "kept"), or (None, one of OUTCOMES).
 
     question: text. finished=False: generation was cut off, the last sentence may be half of one.
     """
@@ -178,7 +178,7 @@ def accept(text, question, anchored=True, most_words=MOST_WORDS, finished=True):
 
 
 def without_thinking(text):
-    """Without <think>..</think> and the space after it; the prompt may hold its begin, and a cut its end."""
+    """Return a text without <think>..</think>, whose begin the prompt may hold, and whose end may be cut."""
     text = re.sub(r"<think>.*?(?:</think>\s*|\Z)", "", text, flags=re.S)
     return re.sub(r"\A.*</think>\s*", "", text, flags=re.S)
 
@@ -188,7 +188,7 @@ TAG = re.compile(r"([*_`]{0,3})<\s*concept\s*>((?:(?!<\s*/?\s*concept\s*>).)*)<\
 
 
 def concept(text):
-    """Contents of the first <concept>..</concept>, the innermost if nested; None: absent or never closed.
+    """Return what is in the first <concept>..</concept>, the innermost if nested; None: none, or not closed.
 
     Wherever it stands, however long it is: the paper asks for one to three words first, and checks neither.
     """
@@ -197,24 +197,24 @@ def concept(text):
 
 
 def without_concept(text):
-    """Without every concept and its tag, and without stray tags."""
+    """Return a text without every concept and its tag, and without stray tags."""
     return re.sub(r"<\s*/?\s*concept\s*>", "", TAG.sub("", text), flags=re.I)
 
 
 def words(text):
-    r"""The set of words in lower case; hyphens and markup part them. H₂O = H_2O = H2O; \mathrm is none."""
+    r"""Return the set of words, lower case; hyphens and markup part them; H₂O = H_2O = H2O, no \mathrm."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:[a-z]+(?=\s*[{\[])|(?:left|right|times|cdot|circ)(?![a-z]))", " ", text)
     return set(re.findall(r"[^\W_]+", re.sub(r"\}?[_^](?:\{(\d+)\}|(?=\d))", r"\1", text)))
 
 
 def specific(text):
-    """Words that may anchor: not generic, no number, no lone Latin letter (questions have "A:" to "D:")."""
+    """Return the words that may anchor: not generic, no number, no lone letter (options are "A:" to "D:")."""
     return {w for w in words(text) - GENERIC if not w.isnumeric() and not re.fullmatch("[a-z]", w)}
 
 
 def anchors(concept, question):
-    """The specific words of a concept that occur in the question."""
+    """Return the specific words of a concept that occur in the question."""
     return specific(concept) & words(question)
 
 
@@ -245,7 +245,7 @@ SENTENCE = re.compile(r""".+? (?: \Z                                # the text e
 
 
 def without_answers(text):
-    """Without the sentences that tell which option is right, and without bold letters (C.2)."""
+    """Return a text without sentences that tell which option is right, and without bold letters (C.2)."""
     before = None
     while text != before:
         before, text = text, BOLD.sub("", "".join(map(harmless, SENTENCE.findall(text))))
@@ -253,7 +253,7 @@ def without_answers(text):
 
 
 def harmless(sentence):
-    """The sentence; if it tells an answer, what stands before its last ", so" or ", but"; or nothing."""
+    """Return a sentence; if it tells an answer, what stands before its last ", so" or ", but"; or nothing."""
     if reveals(sentence):
         sentence = re.sub(r"(?is)(.+),\s(?:so|and|but|while)\b.*?([.!?]?)\s*\Z", r"\1\2", sentence)
     return "" if reveals(sentence) else sentence
@@ -270,7 +270,7 @@ SHORT = re.compile(r"\W*(?:e\.g|i\.e|cf|vs|eqs?|figs?|refs?|approx|resp|dr|\d\d?
 
 
 def shortened(text, most_words, finished=True):
-    """At most that many words (between spaces), cut after a whole sentence; after a word if there is none.
+    """Return at most that many words, cut after a whole sentence, or after a word if there is none.
 
     An unfinished text is cut too: its last sentence may be half of one, its last word half a word.
     """

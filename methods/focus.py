@@ -36,11 +36,11 @@ def note_demand(run, job, known):
     gap = dict(zip(map(id, job.rollouts), job.gaps))
     for some in by_prompt(job.rollouts).values():
         scores = [demand(run, job.branch, gap[id(r)]).item() for r in some]
-        known[str(some[0].prompt["row"])] = sum(scores) / len(scores)
+        known[some[0].prompt["row"]] = sum(scores) / len(scores)
 
 
 def in_demand(prompts, known, count, without):
     """Return the `count` prompts with the largest known demand, or as many as are known, `without` some."""
     rows = {prompt["row"] for prompt in without}
-    others = [p for p in prompts if str(p["row"]) in known and p["row"] not in rows]
-    return sorted(others, key=lambda p: -known[str(p["row"])])[:count]
+    others = [p for p in prompts if p["row"] in known and p["row"] not in rows]
+    return sorted(others, key=lambda p: -known[p["row"]])[:count]

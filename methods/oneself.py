@@ -1,4 +1,4 @@
-"""Learning from oneself: the teacher is the student, which reads something that helps beside the prompt."""
+"""Learning from oneself: the teacher is the student itself, shown something that helps beside the prompt."""
 from data.graders import complaint
 from data.prompts import prompt_text
 
@@ -81,18 +81,23 @@ def self_taught(run, student, rollouts, solutions, environment=None, peer=None):
     A rollout has no weight if nothing is given, or if the text leaves no room for the rollout (what was
     decoded may have more tokens when it is read).
     """
-    teacher, nothing, informed = run.self_teacher(student), [None] * len(rollouts), []
+    teacher, nothing = run.self_teacher(student), [None] * len(rollouts)
+    weights = []
     for r, *given in zip(rollouts, solutions, environment or nothing, peer or nothing, strict=True):
         seen = reprompt(r.prompt["prompt"], run.templates, *given)
         ids = teacher.encode(seen) if seen else None
-        informed.append(float(bool(ids) and run.fits(ids, len(r.ids_T))))
-        if informed[-1]:
-            r.teacher_ids, r.notes["teacher_sees"] = ids, prompt_text(seen)
-    return jobs_by_branch(run, student, teacher, rollouts, informed)
+        informed = bool(ids) and run.fits(ids, len(r.ids_T))
+        if informed:
+            r.teacher_ids = ids
+            r.notes["teacher_sees"] = prompt_text(seen)
+        weights.append(float(informed))
+    return jobs_by_branch(run, student, teacher, rollouts, weights)
 
 
 def demonstrations(rollouts):
     """Return for every rollout the earliest correct one of its prompt but itself; None: there is none."""
-    correct = {key: [r for r in group if r.reward == 1] for key, group in by_prompt(rollouts).items()}
-    return [next((other.text for other in correct[prompt_key(r.prompt)] if other is not r), None)
-            for r in rollouts]
+    groups, out = by_prompt(rollouts), []
+    for r in rollouts:
+        others = [other for other in groups[prompt_key(r.prompt)] if other is not r and other.reward == 1]
+        out.append(others[0].text if others else None)
+    return out

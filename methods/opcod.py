@@ -61,7 +61,8 @@ def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
     """Let two students tutor each other in turn.
 
     rounds          rounds R; each has --steps / R updates of one student, then of the other
-    tau             largest cognizance gap of a tutor; OPCoD eq. 2
+    tau             a student may tutor if it is behind the better of both by at most so much, relative and
+                    summed over the domains; OPCoD eq. 2
     gate            when a tutor gives feedback: cognizance gap within --tau, always, never, or (selective)
                     beyond --tau on prompts of the domain in which it is stronger; OPCoD fig. 7
     break_prompts   validation prompts per domain on which every round measures how many correct rollouts
@@ -71,19 +72,22 @@ def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
     """
     phase = run.cfg.steps // rounds                             # K
     for step in run.steps():
-        which, within = divmod(step, phase)
-        tutee, tutor = run.students[which % 2], run.students[1 - which % 2]
+        turn, step_of_turn = divmod(step, phase)
+        number, first = divmod(turn, 2)                         # of the round; student 1 learns, then 2
+        tutee, tutor = run.students[first], run.students[1 - first]
         run.train_only(tutee)
-        decided = run.once(f"gate of round {which // 2}", lambda: cognizance(run, tau, gate, break_prompts))
-        if which % 2 == 0 and within == 0:
-            run.notes["gate"] = {"round": which // 2, **decided}
+        # in the checkpoint: a resumed round keeps its gate
+        decided = run.once(f"gate of round {number}", lambda: cognizance(run, tau, gate, break_prompts))
+        if first == 0 and step_of_turn == 0:
+            run.notes["gate"] = {"round": number, **decided}
         rollouts = run.sample(tutee, run.draw(student=tutee))
         solutions = demonstrations(rollouts)                                                    # s
-        domains = decided["tutors"][1 - which % 2]
+        domains = decided["tutors"][1 - first]
         commented = [r for r in rollouts if r.prompt["branch"] in domains]
-        kept = dict(zip(map(id, commented), feedback(run, tutor, tutee, commented)))            # f
-        run.notes["tutee"] = run.students.index(tutee) + 1
-        yield self_taught(run, tutee, rollouts, solutions, peer=[kept.get(id(r)) for r in rollouts])
+        texts = feedback(run, tutor, tutee, commented)
+        text_of = {id(r): text for r, text in zip(commented, texts)}                            # f
+        run.notes["tutee"] = first + 1
+        yield self_taught(run, tutee, rollouts, solutions, peer=[text_of.get(id(r)) for r in rollouts])
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def cognizance(run, tau, gate, break_prompts):
     With break_prompts also how many correct rollouts each one's feedback breaks, whatever the gate says.
     """
     count = run.cfg.gate_rollouts
-    scores = [run.scores(student, run.gate_prompts, count, "gate") for student in run.students]
+    scores = [run.mean_rewards(student, run.gate_prompts, count, "gate") for student in run.students]
     for domain in run.branches:
         if run.state["step"] == 0 and not any(s[domain] for s in scores):
             raise Refused(f"neither student answers a prompt of --val_prompts {domain} correctly, so their "
@@ -104,15 +108,19 @@ def cognizance(run, tau, gate, break_prompts):
     found = {"scores": scores, "gaps": gaps, "cognizant": [gap <= tau for gap in gaps]}
     domains_of = lambda i: [domain for domain in run.branches if may_tutor(gate, found, i, domain)]
     found["tutors"] = [domains_of(0), domains_of(1)]
-    if break_prompts:
+    if break_prompts:                                           # (tutor, tutee), then the other way round
         found["broken"] = [broken(run, *pair, break_prompts) for pair in (run.students, run.students[::-1])]
     return found
 
 
 def cognizance_gaps(scores):
-    """Delta_i = sum_d (s*_d - s_d^i) / s*_d, with s*_d the best score on domain d. Eq. 2."""
+    """Return Delta_i = sum_d (s*_d - s_d^i) / s*_d, with s*_d the best score on domain d. Eq. 2."""
     best = {domain: max(s[domain] for s in scores) for domain in scores[0]}
-    return [sum((best[domain] - s[domain]) / best[domain] for domain in best if best[domain]) for s in scores]
+    gaps = []
+    for s in scores:
+        behind = [(best[d] - s[d]) / best[d] for d in best if best[d]]          # nobody scores: no gap
+        gaps.append(sum(behind))
+    return gaps
 
 
 def may_tutor(gate, found, i, domain):

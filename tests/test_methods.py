@@ -14,7 +14,7 @@ import methods
 import opd
 from config import Refused
 from data.files import read_lines
-from data.folder import describe
+from data.folder import rollout_stats
 from losses import LOSSES, Objective
 from methods import METHODS, Job, any_divergence, method
 
@@ -137,7 +137,7 @@ def test_jobs_on_the_same_completions_count_them_once(start):
     for job in (first, second):
         job.count = 7
     assert opd.weigh([first, second])[0][0].sum() == pytest.approx(1 / 7)
-    stats = describe([first, second], together, [{}, {}])
+    stats = rollout_stats([first, second], together, [{}, {}])
     assert stats["rollouts"] == 2 and stats["tokens"] == 6
 
 

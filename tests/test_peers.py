@@ -243,7 +243,7 @@ def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
 
 
 @pytest.mark.parametrize("kind", ["frozen", "ema", "live", "snapshot"])
-def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
+def test_self_teachers_of_an_adapter_take_no_second_model(start, kind, monkeypatch):
     """Frozen: the network without its adapter; ema, snapshot: a second adapter. All start as the student."""
     pytest.importorskip("peft", reason="optional: pip install peft")
     run = start(method="opsd", self_teacher=kind, lora_rank=4, lr=1e-2, steps=3)
@@ -260,7 +260,8 @@ def test_self_teachers_of_an_adapter_take_no_second_model(start, kind):
     before = states(run.student)
     assert torch.equal(states(teacher), before)
     after = {}
-    run.finish = lambda: after.update(student=states(run.student), teacher=states(teacher))
+    monkeypatch.setattr(opd, "finish", lambda run: after.update(student=states(run.student),
+                                                                teacher=states(teacher)))
     opd.train(run)
     moved = lambda name: (after[name] - before).abs().max().item()
     assert {"frozen": moved("teacher") == 0 < moved("student"),
@@ -486,12 +487,12 @@ def test_resting_students_compute_the_same(solvable, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_students_in_turn_on_a_gpu(solvable):
+def test_students_in_turn_on_a_gpu(solvable, monkeypatch):
     """Swapped or not, the same losses; swapped, the last tutee alone is on the GPU, with its optimizer."""
     values = []
     for flags in (dict(), dict(teacher_device="swap")):
         run = solvable(method="opcod", device="cuda", dtype="float32", tau=5, **flags)
-        run.finish = lambda: None
+        monkeypatch.setattr(opd, "finish", lambda run: None)
         opd.train(run)
         places = [{x.device.type for x in s.net.parameters()} | {
             x.device.type for o in s.optimizers for state in o.state.values() for x in state.values()
@@ -583,7 +584,7 @@ def test_solutions_that_no_one_reads_do_not_matter(start, prompts, row):
 def test_another_experiment_is_not_resumed(solvable, prompts):
     """Templates and validation prompts are compared by what they say."""
     run = solvable(method="opcod")
-    run.begin(), run.folder.save(run.learners, run.state)
+    opd.begin(run), run.folder.save(run.learners, run.state)
     for path, old, new in ((run.cfg.templates, "+", "-"), (run.cfg.val_prompts["more"], "rev", "rev a")):
         text = open(path).read()
         with open(path, "w") as file:
