@@ -1,1 +1,1 @@
-"""Prompts, graders, converters, files, and the small worlds."""
+"""Data: prompts and their check, graders, converters, the small worlds, and the files that a run writes."""
