@@ -93,8 +93,8 @@ def rkl(lp, lq, p, q, knob):
     return value, value + p
 
 
-@formula("jsd_beta", 0.5, "weight of the teacher in the mixture, strictly between 0 and 1; "
-         "GKD 2306.13649", lambda b: 0 < b < 1)
+@formula("jsd_beta", 0.5, "weight of the teacher in the mixture, between 0 and 1 (at the ends use fkl or "
+         "rkl); GKD 2306.13649", lambda b: 0 < b < 1)
 def jsd(lp, lq, p, q, b):
     """Generalised Jensen-Shannon: b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p.
 

@@ -4,4 +4,5 @@ set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 source "$root/tests/env.sh"
 cd "$root"
-exec "$PYTHON" -m pytest -q tests "$@"
+two="$("$PYTHON" -c "import xdist; print('-n 2')" 2>/dev/null || true)"         # processes, of one thread each
+exec "$PYTHON" -m pytest -q $two tests "$@"

@@ -109,7 +109,7 @@ def said(words):
     (dict(temperature="nan"), "nan is not a finite number"), (dict(lr="inf"), "inf is not"),
     (dict(eval_temperature=-1), "-1 is not at least 0"), (dict(student="./a/b"), "no such folder"),
     (dict(student="nowhere"), "cannot load nowhere"),
-    (dict(jsd_beta=1.0, loss="jsd"), "use fkl and rkl"), (dict(importance=["a", "b"]), "invalid float"),
+    (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"), (dict(importance=["a", "b"]), "invalid float"),
     (dict(importance=[2, 0.5]), "LOW must be below HIGH"), (dict(device="tpu"), "choose cpu, cuda"),
     (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "invalid json_object"),
     (dict(chat_template_kwargs="[]"), "is not a JSON object"),
@@ -304,6 +304,8 @@ def another(flag):
         return True
     if flag.words == 2:
         return ["0.25", "0.75"]
+    if isinstance(flag.type, config.Ratio):
+        return "2"                                              # of the one branch there is
     for text in (*getattr(flag.type, "names", ()), "0.25", "2", "3", "1", '{"x": 1}'):
         try:
             if flag.type(text) != flag.default:

@@ -346,7 +346,7 @@ def test_to_measure_changes_nothing(start, two, optimizer):
     assert "## Diagnosis" in report and (run.out / "diagnosis.png").stat().st_size > 10_000
 
 
-def test_diagnoses_are_due_and_survive_a_restart(start, two, argv):
+def test_diagnoses_are_due_and_survive_a_restart(start, two, argv, monkeypatch):
     flags = two | dict(steps=4, save_every=2, diagnose_every=3, diagnose_rollouts=3)
     whole = start(**flags)
     opd.train(whole)
@@ -354,16 +354,17 @@ def test_diagnoses_are_due_and_survive_a_restart(start, two, argv):
                       if "diagnosis" in line]
     assert [step for step, _ in of(whole)] == [-1, 2, 3]                    # at the end too
     cut = start(**flags)
-    record = cut.record
+    record = opd.record
 
     def stop_after_three(*args):
         record(*args)
         if cut.state["step"] == 3:
             raise KeyboardInterrupt
 
-    cut.record = stop_after_three
+    monkeypatch.setattr(opd, "record", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         opd.train(cut)
+    monkeypatch.undo()
     again = opd.Run(opd.configure([*argv(**flags, out=cut.out), "--resume"]))
     opd.train(again)
     assert of(again) == of(whole)

@@ -357,7 +357,7 @@ def test_templates_from_a_file(tmp_path):
     ('{"peer": "}{feedback}"}', "'peer'.*literal brace"),
     ('{"peer": "{{feedback}}"}', r"'peer' lacks \{feedback\}"),
     *((json.dumps({name: T.__dict__[name].replace("{%s}" % field, "")}), rf"'{name}' lacks \{{{field}\}}")
-      for name in REQUIRED for field in REQUIRED[name])])
+      for name in REQUIRED for field in sorted(REQUIRED[name]))])
 def test_unusable_template_files_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "templates.json"
     path.write_text(content)

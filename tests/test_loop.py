@@ -353,7 +353,7 @@ def test_focus_on_nothing_is_mopd(start, models, prompts):
 
 def test_focus_asks_again_where_the_gap_was_largest(start, models, prompts, monkeypatch):
     pool = [{"row": row} for row in range(1, 8)]
-    known = {"1": 0.1, "2": 0.9, "3": 0.5, "6": 0.7}
+    known = {1: 0.1, 2: 0.9, 3: 0.5, 6: 0.7}
     rows = lambda count, but: [p["row"] for p in in_demand(pool, known, count, [{"row": r} for r in but])]
     assert rows(2, []) == [2, 6] and rows(2, [6, 7]) == [2, 3]
     assert rows(9, [2]) == [6, 3, 1] and rows(0, []) == []

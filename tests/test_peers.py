@@ -412,7 +412,7 @@ def test_gate_asks_as_often_as_it_says_and_leaves_the_training_alone(solvable):
 
 def test_break_rates_are_in_the_order_of_the_tutors(start, monkeypatch):
     run = start(method="opcod")
-    run.scores = lambda student, *how: dict.fromkeys(run.branches, 0.5)
+    run.mean_rewards = lambda student, *how: dict.fromkeys(run.branches, 0.5)
     monkeypatch.setattr(opcod, "broken", lambda run, tutor, tutee, count: [
         run.students.index(tutor), run.students.index(tutee), count])
     assert opcod.cognizance(run, 0.2, "never", 2)["broken"] == [[0, 1, 2], [1, 0, 2]]
