@@ -125,7 +125,7 @@ class Ratio:
         if given is None:
             return default if default in (None, *self.words) else self.padded(default, branches)
         counts = given.split(":")
-        fits = len(counts) == len(branches) and all(n.isdecimal() and int(n) for n in counts)
+        fits = len(counts) == len(branches) and all(n.isdecimal() and len(n) < 7 and int(n) for n in counts)
         if not fits and given not in self.words:
             raise Refused(f"{flag} {given} is not a positive whole number for each of the {len(branches)} "
                           f"branches ({', '.join(branches)}), as in {self.padded('3', branches)}")
@@ -156,7 +156,10 @@ def pairs(values, flag, default):
 
 def home(path):
     """Return the path with ~ expanded: the shell leaves BRANCH=~/x alone."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise Refused(f"{path}: there is no such user's home") from None
 
 
 def json_object(text):
@@ -281,7 +284,7 @@ FLAGS = {
         "warmup": Flag(0, "steps of linear warm-up", AMOUNT),
         "optimizer": Flag("adamw", "adamw, sgd, or muon: hidden matrices by Muon, scaled to AdamW's step "
                           "size, the rest by AdamW", OneOf("adamw", "muon", "sgd")),
-        "adam_beta2": Flag(0.95, "AdamW's second beta (the first is 0.9)", SHARE,
+        "adam_beta2": Flag(0.95, "AdamW's second beta (the first is 0.9)", number(float, 0, most=0.999999),
                            only=(lambda c: c.optimizer != "sgd", "an --optimizer other than sgd")),
         "weight_decay": Flag(0.01, "on matrices; norms and biases do not decay", NOT_NEGATIVE),
         "grad_clip": Flag(1.0, "largest gradient norm; 0 = no clipping", NOT_NEGATIVE),
@@ -420,8 +423,9 @@ def in_words(value):
 
 def parse_words(argv, about, methods):
     """Return {flag: value} of the flags that are given."""
-    if "--help" in argv or "-h" in argv:
-        print(build_parser(about, methods, everything="all" in argv).format_help())
+    if {"--help", "--help=all", "-h"} & set(argv):
+        everything = "all" in argv or "--help=all" in argv
+        print(build_parser(about, methods, everything).format_help())
         raise SystemExit(0)
     given, unknown = build_parser(about, methods, True).parse_known_args(argv)
     if unknown:
@@ -449,7 +453,8 @@ def parse(argv, about, methods):
     cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
     cfg.eval_prompts = pairs(cfg.eval_prompts, "--eval_prompts", "eval")
     cfg.teachers = pairs(cfg.teachers, "--teachers", "")
-    cfg.method = cfg.method or ("sft" if not cfg.teachers else "opd" if len(cfg.teachers) == 1 else "mopd")
+    if cfg.method is None:
+        cfg.method = "sft" if not cfg.teachers else "opd" if len(cfg.teachers) == 1 else "mopd"
     if cfg.method not in methods:
         raise Refused(f"--method {cfg.method!r} is unknown; {nearest(cfg.method, methods)}")
     method, branches = methods[cfg.method], list(cfg.prompts)
@@ -473,6 +478,9 @@ def take_method_flags(cfg, given, method, methods):
             raise Refused(f"--{flag} has no effect on --method {cfg.method}; it is for: {', '.join(users)}")
     for flag, default in method.defaults.items():
         setattr(cfg, flag, given.get(flag, default))
+    if getattr(cfg, "self_teacher", None) == "snapshot" != method.defaults["self_teacher"]:
+        users = [name for name, other in methods.items() if other.defaults.get("self_teacher") == "snapshot"]
+        raise Refused(f"--self_teacher snapshot is for methods that renew it: {', '.join(users)}")
 
 
 def complete_objective(cfg, given, method):
@@ -559,7 +567,8 @@ def check_effects(cfg, given, own):
 
 def complete_machine(cfg):
     """Choose device, dtype and what follows from them."""
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.device is None:
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
         raise Refused(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if not cfg.dry_run and cfg.device != "cpu" and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
@@ -625,7 +634,7 @@ def check_resume(cfg):
 def check_same_experiment(cfg, before):
     """Refuse to continue a run under settings that would make it another experiment."""
     now = json.loads(json.dumps(vars(cfg)))
-    for name in sorted(now):
+    for name in sorted(now, key=lambda name: (name != "method", name)):
         may_change = name in GENERAL and GENERAL[name].resume
         if callable(may_change):
             may_change = may_change(cfg)

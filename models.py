@@ -573,8 +573,11 @@ def load_teachers(cfg, checkpoint, students, teacher_learns):
     student, teachers = students[0], {}
     for path in dict.fromkeys(cfg.teachers.values()):
         name = f"teacher{len(teachers) or ''}"
-        teachers[path] = (load(path, cfg, learns=True, weights=learner_folder(checkpoint, name, True), name=name)
-                          if teacher_learns else load_frozen(path, student, cfg))
+        if teacher_learns:
+            weights = learner_folder(checkpoint, name, several=True)
+            teachers[path] = load(path, cfg, learns=True, weights=weights, name=name)
+        else:
+            teachers[path] = load_frozen(path, student, cfg)
         share_tokens(student, teachers[path])
     for other in students[1:]:
         other.vocab = student.vocab
@@ -727,16 +730,21 @@ def check_sampler(student, prompts, max_new_tokens, batch, micro_tokens):
     alone_NH = torch.cat([student.hidden_states([prompt], [ids_T]) for prompt, ids_T in zip(*pair)])
     kl, _ = linear_divergence(together_NH, student.head_VH, alone_NH, student.head_VH, vocab=student.vocab,
                               softcap_s=student.softcap, softcap_t=student.softcap)
-    kl, exact = kl.item() / len(alone_NH), student.dtype == torch.float32
-    lps = student.log_probs(prompts, completions, micro_tokens)
-    off = (torch.cat(lps) - torch.cat(logps)).abs().mean().item()
-    if not abs(kl) < (1e-4 if exact else 1e-2):
+    kl = kl.item() / len(alone_NH)
+    if not abs(kl) < (1e-4 if student.dtype == torch.float32 else 1e-2):
         raise Refused(f"KL(student, student) = {kl:.2e} nats per token instead of 0: forward pass or loss is "
                       "broken")
-    if not off < (1e-3 if exact else 0.2):
+    off = check_log_probs(student, student.log_probs(prompts, completions, micro_tokens), logps)
+    tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
+
+
+def check_log_probs(student, lps, sampled_lps):
+    """Refuse a sampler's log-probabilities that are not the training's. Returns their mean distance, nats."""
+    off = (torch.cat(lps) - torch.cat(sampled_lps)).abs().mean().item()
+    if not off < (1e-3 if student.dtype == torch.float32 else 0.2):
         raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from "
                       f"the training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
-    tqdm.write(f"check, nats per token: KL(student, student) {kl:.1e}, sampler against training {off:.1e}")
+    return off
 
 
 def share_tokens(student, other):
@@ -803,6 +811,8 @@ def restore_learners(learners, folder):
     """Read what save_learners wrote, but for the weights, which `load` has read. Returns the run's state."""
     with reading(folder):
         saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    if not {"learners", "state"} <= saved.keys():
+        raise Refused(f"{folder} was written by another version of opd; choose another --out")
     for learner in learners:
         kept = saved["learners"][learner.name]
         learner.updates = kept["updates"]

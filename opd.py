@@ -37,7 +37,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -78,13 +77,15 @@ def score(job, gaps, micro_tokens):
     is not asked again, and a rollout whose weight is known to be 0 is not read.
     """
     learner, teacher, objective, rollouts = job.learner, job.teacher, job.objective, job.rollouts
-    need_states = objective.divergence is not None and job.hidden_t is None
-    need_gaps = (gaps or objective.label == "pg") and job.lp is None
-    if teacher is None or not (need_states or need_gaps):
+    nothing = [None] * len(rollouts)                        # None stays where a rollout is not read
+    hidden, lp, lq = (list(known or nothing) for known in (job.hidden_t, job.lp, job.lq))
+    need_states = objective.divergence is not None
+    need_gaps = gaps or objective.label == "pg" or job.lp is not None
+    read = [i for i in range(len(rollouts))
+            if (job.weights is None or torch.as_tensor(job.weights[i]).any())
+            and (need_states and hidden[i] is None or need_gaps and lp[i] is None)]
+    if teacher is None or not read:
         return
-    read = [i for i in range(len(rollouts)) if job.weights is None or torch.as_tensor(job.weights[i]).any()]
-    hidden = [None] * len(rollouts)                         # None stays where a rollout is not read
-    lp, lq = list(hidden), list(hidden)
     lengths = {i: len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read}
     with teacher.on_device():
         # the product with the vocabulary is made where the student is, also with --teacher_device cpu
@@ -144,7 +145,11 @@ def rollout_counts(jobs, weights):
             kept[job.learner] |= {id(r.ids_T) for r, w_T in zip(job.rollouts, job_weights) if w_T.any()}
         else:
             counted[job.learner][frozenset(id(r.ids_T) for r in job.rollouts)] = job.count
-    return {learner: max(len(kept[learner]) + sum(counted[learner].values()), 1) for learner in kept}
+    out = {}
+    for learner in kept:
+        covered = set().union(*counted[learner])            # what a Job counts is not counted again
+        out[learner] = max(len(kept[learner] - covered) + sum(counted[learner].values()), 1)
+    return out
 
 
 def backward(run, job, weights):
@@ -249,8 +254,7 @@ def update(run, jobs, weights):
     branches = by_branch([r for job in jobs for r in job.rollouts])
     by_job = {}
     for job, job_weights, job_stats in zip(jobs, weights, stats):
-        # a branch on which two learners train is told apart by the learner's name
-        name = job.branch if job.branch not in by_job else f"{job.branch}, {job.learner.name}"
+        name = job.branch if job.branch not in by_job else f"{job.branch}, Job {len(by_job) + 1}"
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
             **rollout_stats(jobs, weights, stats), **({"branches": by_job} if len(jobs) > 1 else {})}
@@ -287,9 +291,21 @@ def check_samplers(run):
         with run.without_side_effects(), student.on_device():
             models.check_sampler(student, prompts, min(cfg.max_new_tokens, 32), cfg.sample_batch,
                                  cfg.micro_tokens)
-    if cfg.temperature != 1 or cfg.top_p < 1:
+    if run.method.samples and (cfg.temperature != 1 or cfg.top_p < 1):
         tqdm.write(f"note: sampling at temperature {cfg.temperature}, top_p {cfg.top_p} is not sampling from "
                    "p itself; only the weights of --loss pg and --importance_cap correct for it")
+
+
+def check_first_rollouts(run, jobs):
+    """See that the whole rollouts of the first step came from the student, where log p(y) is known anyway."""
+    cfg = run.cfg
+    if (cfg.temperature, cfg.top_p, cfg.loss_temperature) != (1, 1, 1):
+        return
+    for job in jobs:
+        known = [(lp_T, r.logp_T) for lp_T, r in zip(job.lp or [], job.rollouts)
+                 if lp_T is not None and r.logp_T is not None]
+        if known and job.learner in run.students:
+            models.check_log_probs(job.learner, *zip(*known))
 
 
 def measure(run, step):
@@ -312,6 +328,7 @@ def record(run, jobs, weights, stats):
         for sample in logged_samples(job, job_weights, cfg.log_samples):
             run.folder.log("samples", {"step": state["step"], **sample})
     if state["step"] == 0:
+        check_first_rollouts(run, jobs)
         warn_of_first_step(cfg, stats)
     state["step"] += 1
     stats |= measure(run, state["step"])
@@ -407,8 +424,9 @@ class Run:
     def objective(self):
         """The objective of the current step: the target moves with the training."""
         cfg = self.cfg
-        done = min(self.state["step"] / max(self.total - 1, 1), 1.0)    # 0 in the first step, 1 in the last
-        done = done if self.total > 1 else 1.0
+        done = 1.0                                              # 0 in the first step, 1 in the last
+        if self.total > 1:
+            done = min(self.state["step"] / (self.total - 1), 1.0)
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
                        top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
@@ -435,6 +453,8 @@ class Run:
                 jobs = next(method, None)                       # the method goes on up to its next yield
                 if jobs is None:
                     return
+                jobs = [job for job in jobs if job.rollouts]
+                assert jobs, f"--method {self.cfg.method} yielded no rollouts"
                 yield jobs
                 progress.update()
 
@@ -471,8 +491,8 @@ class Run:
             inputs = []
             for prompt in prompts:
                 ids = model.encode(prompt["prompt"])
-                # what a learner sees is what it is trained on; a frozen model may see the prompt differently
-                views = self.views(prompt, ids if model in self.learners else None)
+                # a student is trained on what it saw; another model may see the prompt differently
+                views = self.views(prompt, ids if model in self.students else None)
                 inputs += [(prompt, ids, views)] * n
             completions = self.complete(model, [ids for _, ids, _ in inputs], temperature, top_p)
             rollouts = []
@@ -619,13 +639,25 @@ def configure(argv=None):
     return config.parse(argv, __doc__.partition("\n\nIn kernels/")[0], METHODS)
 
 
+def set_up(argv):
+    """Return (settings, Run, the preflight of --dry_run or None); whatever is wrong with them is refused."""
+    cfg = configure(argv)
+    preflight = lab("preflight", "--dry_run") if cfg.dry_run else None
+    if getattr(cfg, "diagnose_every", 0):
+        lab("diagnosis", "--diagnose_every")
+    try:
+        return cfg, Run(cfg), preflight
+    except torch.OutOfMemoryError:
+        raise Refused(f"the models do not fit on {cfg.device}. {LESS_MEMORY}") from None
+    except ValueError as error:                             # of a library, about files and settings
+        raise Refused(config.first_line(error)) from None
+
+
 def main(argv=None):
     """Run the command line. Whatever a user can mend ends in one line and exit status 1."""
-    run, cfg = None, SimpleNamespace(device="the device")
+    run = None
     try:
-        cfg = configure(argv)
-        preflight = lab("preflight", "--dry_run") if cfg.dry_run else None
-        run = Run(cfg)
+        cfg, run, preflight = set_up(argv)
         if preflight:
             return preflight.show(run)
         train(run)
@@ -635,8 +667,7 @@ def main(argv=None):
         message = (f"interrupted after step {run.state['step']}; the same command with --resume continues "
                    f"from the last checkpoint in {run.out}" if run else "interrupted before the first step")
     except torch.OutOfMemoryError:
-        what = f"step {run.state['step'] + 1} does" if run else "the models do"
-        message = f"{what} not fit on {cfg.device}. {LESS_MEMORY}"
+        message = f"step {run.state['step'] + 1} does not fit on {cfg.device}. {LESS_MEMORY}"
     else:
         return
     raise SystemExit(f"opd.py: {message}")

@@ -4,14 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+from config import Refused
+
 
 def read_lines(path):
-    """The objects of a JSON-lines file that a run appends to, less a last line that a kill cut short."""
-    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in lines[:-1]]
+    """Return the objects of a JSON-lines file that a run appends to, less a last line that a kill cut."""
+    lines, out = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line], []
+    for number, line in enumerate(lines, 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise Refused(f"{path}: line {number} is not JSON, and no run has written it") from None
+    return out
 
 
 def write_file(path, text):

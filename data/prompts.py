@@ -54,7 +54,7 @@ def parse_row(where, line):
     """Return a line's row, with a grader if it has an answer; refuse what is no prompt row."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not row.get("prompt"):
         raise Refused(f'{where}: a row is an object with a non-empty "prompt", not {line[:60]}')

@@ -454,7 +454,7 @@ def parse(argv):
     """Return the command line's values. An unknown recipe is refused with the name that is nearest to it."""
     count = number(int, least=1)
     parser = Parser(prog="python -m lab.recipes", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe; without one, all are listed")
     parser.add_argument("--out", metavar="DIR", help="folder to write to; default: runs/NAME, or "
                                                      "runs/NAME-quick with --quick")
@@ -491,6 +491,8 @@ def main(argv=None):
             run_recipe(args.name, args.out, args.seeds, args.quick, args.jobs)
     except (Refused, OSError) as error:
         raise SystemExit(f"lab.recipes: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("lab.recipes: interrupted; the same command again continues where it was") from None
 
 
 if __name__ == "__main__":

@@ -175,8 +175,10 @@ def method(losses, *, defaults=None, **facts):
     """
     def register(generator):
         own = {name: OwnFlag(p.default, p.annotation, help_of(generator, name))
-               for name, p in inspect.signature(generator).parameters.items()
+               for name, p in inspect.signature(generator, eval_str=True).parameters.items()
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        for name, flag in own.items():
+            assert flag.type is not inspect.Parameter.empty, f"{generator.__name__}'s {name} has no type"
         every = {name: flag.default for name, flag in own.items()} | (defaults or {})
         METHODS[generator.__name__] = Method(generator, losses, own, every, **facts)
         return generator

@@ -22,8 +22,15 @@ def check(cfg):
         raise Refused("--renew_every needs --self_teacher snapshot")
 
 
+def reads(run, model, row):
+    """Refuse a prompt that can never make a pair. Nobody reads more than the prompt."""
+    if run.cfg.rollouts == 1 and not has_pair(row):
+        raise Refused("a prompt without chosen and rejected texts needs --rollouts of at least 2")
+    return model.encode(row["prompt"])
+
+
 @method(losses=("nll",), teachers="none", needs=("chosen|answer", "rejected|answer"), check=check,
-        defaults=dict(rollouts=8, self_teacher="snapshot"))
+        reads=reads, defaults=dict(rollouts=8, self_teacher="snapshot"))
 def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
     """Prefer the chosen completion of a prompt over the rejected one, relative to a reference model.
 
@@ -38,8 +45,10 @@ def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
             run.refresh(reference)
         rollouts, pairs = preferences(run, run.draw())
         job = Job(run.student, reference, rollouts, run.objective, tokens="sum", count=len(pairs))
+        paired = {i for pair in pairs for i in pair}
+        job.weights = [float(i in paired) for i in range(len(rollouts))]        # the others are not read
         run.score([job])
-        reward = [-dpo_beta * gap_T.double().sum() for gap_T in job.gaps]       # beta r(y): the gap is -r
+        reward = {i: -dpo_beta * job.gaps[i].double().sum() for i in paired}    # beta r(y): the gap is -r
         margins = torch.stack([reward[i] - reward[j] for i, j in pairs]) if pairs else torch.zeros(0)
         job.weights = [0.0] * len(rollouts)                 # then the gradient of -log sigmoid, see above
         for (i, j), weight in zip(pairs, dpo_beta * torch.sigmoid(-margins)):
@@ -49,13 +58,17 @@ def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
         yield [job]
 
 
+def has_pair(prompt):
+    """Whether a prompt comes with its pair."""
+    return "chosen" in prompt and "rejected" in prompt
+
+
 def preferences(run, prompts):
     """Return (rollouts, [(index of the chosen, index of the rejected)]).
 
     A prompt with `chosen` and `rejected` texts has that pair. For another one the student's first correct
     and first wrong rollout make a pair; where all are correct or all are wrong there is none.
     """
-    has_pair = lambda prompt: "chosen" in prompt and "rejected" in prompt
     fixed = [prompt for prompt in prompts if has_pair(prompt)]
     rollouts = run.references(fixed, "chosen") + run.references(fixed, "rejected")
     pairs = [(i, len(fixed) + i) for i in range(len(fixed))]

@@ -27,8 +27,8 @@ def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=
     """The kernel as `fill` would launch it. `without`: pointer arguments that are None."""
     names = rows_triton.row_kernel.arg_names
     forward, reverse = rows_triton.KL_FAMILY.get(name, (False, False))
-    constants = dict(FORMULA=rows_triton.FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=mix, BY_STUDENT=True,
-                     FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
+    constants = dict(FORMULA=rows_triton.FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=mix,
+                     BY_STUDENT=True, FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
     constants |= dict.fromkeys([*without, *(["threshold_ptr"] if form == "full" else []),
                                 *([] if softcap else ["softcap_s", "softcap_t"])])
     types = {"label_ptr": "*i64", "dz_ptr": f"*{dz}", "stride": "i32", "dz_stride": "i32", "V": "i32"}

@@ -116,10 +116,28 @@ def said(words):
     (dict(teacher_device="swap"), "--teacher_device swap needs a --device cuda"),
     (dict(lora_alpha=8), "no effect without --lora_rank"), (dict(lora_rank=-1), "at least 0"),
     (dict(prompts=["openai/gsm8k:nowhere"]), "cannot load openai/gsm8k"),
+    (dict(adam_beta2=1), "at most 0.999999"), (dict(method=""), "--method '' is unknown"),
+    (dict(device=""), "choose cpu, cuda"), (dict(student="~nobody-here/x"), "no such user's home"),
+    (dict(method="camopd", schedule="9" * 5000), "not a positive whole number"),
+    (dict(method="sdpo", self_teacher="snapshot"), "for methods that renew it: dpo"),
     (dict(max_new_tokens=500), "128 positions")], ids=str)
 def test_bad_input_is_refused_in_one_line(argv, tmp_path, flags, expected):
     assert expected in said(argv(**flags))
     assert not (tmp_path / "out1").exists()
+
+
+def test_a_number_too_long_to_read_is_a_bad_row(argv, tmp_path):
+    """json.loads raises another error for it than for what is not JSON."""
+    (tmp_path / "long.jsonl").write_text('{"prompt": "a", "answer": ' + "1" * 5000 + "}")
+    assert "long.jsonl:1: not JSON" in said(argv(prompts=[tmp_path / "long.jsonl"]))
+
+
+def test_what_a_library_says_before_the_first_step_is_one_line(argv, monkeypatch):
+    """A ValueError of torch, transformers or peft about settings or files is no traceback."""
+    def broken(*args, **kwargs):
+        raise ValueError("out of range\nsee the manual")
+    monkeypatch.setattr("models.build_optimizers", broken)
+    assert said(argv()) == "opd.py: out of range"
 
 
 @pytest.mark.parametrize("row, expected", [

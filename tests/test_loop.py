@@ -454,6 +454,18 @@ def test_resume_keeps_every_stop_token_and_survives_odd_logs(start, models, tmp_
     assert json.loads((run.out / "config.json").read_text())["steps"] == 3
 
 
+def test_what_another_version_or_hand_has_written_is_not_continued(start):
+    run = start(save_every=1, steps=1)
+    opd.train(run)
+    log = run.out / "metrics.jsonl"
+    log.write_text("broken\n" + log.read_text())
+    with pytest.raises(Refused, match="metrics.jsonl: line 1 is not JSON"):
+        start(save_every=1, steps=2, out=run.out, resume=True)
+    torch.save({"optimizers": [], "state": {}}, run.out / "checkpoint" / "trainer.pt")
+    with pytest.raises(Refused, match="written by another version of opd"):
+        start(save_every=1, steps=2, out=run.out, resume=True)
+
+
 def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(start):
     run = start(save_every=1, steps=2)
     opd.train(run)

@@ -31,8 +31,9 @@ def lines_of(run):
 
 # ---- rooms -------------------------------------------------------------------------------------------------
 
-FLOORS = ["losses", "kernels", "config", "models", "data", "methods", "lab", "opd"]      # each uses lower ones
-FILES = [path for room in FLOORS for path in (ROOT / f"{room}.py", *(ROOT / room).glob("*.py")) if path.exists()]
+FLOORS = ["losses", "kernels", "config", "models", "data", "methods", "lab", "opd"]     # each uses lower ones
+FILES = [path for room in FLOORS for path in (ROOT / f"{room}.py", *(ROOT / room).glob("*.py"))
+         if path.exists()]
 
 
 def test_imports_only_point_down():
@@ -134,11 +135,45 @@ def test_jobs_on_the_same_completions_count_them_once(start):
     alone, together = opd.weigh([first])[0], opd.weigh([first, second])
     for w_T, a_T, b_T in zip(alone, *together):
         assert torch.equal(w_T, a_T) and torch.equal(w_T, b_T)
+    second.count = 2                                            # GRPO beside a teacher: both divide by two
+    for w_T, mixed_T in zip(alone, opd.weigh([first, second])[0]):
+        assert torch.equal(w_T, mixed_T)
     for job in (first, second):
         job.count = 7
     assert opd.weigh([first, second])[0][0].sum() == pytest.approx(1 / 7)
     stats = rollout_stats([first, second], together, [{}, {}])
     assert stats["rollouts"] == 2 and stats["tokens"] == 6
+
+
+def test_a_weight_that_is_raised_after_scoring_is_read_then(start):
+    """A rollout of weight 0 is not read; a method that changes its mind must not meet a hole."""
+    run = start()
+    job = job_of(run, [2, 4], weights=[1.0, 0.0])
+    run.score([job])
+    assert job.gaps[1] is None and job.hidden_t[1] is None
+    known = job.lp[0]
+    job.weights = [1.0, 1.0]
+    run.score([job], gaps=False)
+    assert len(job.gaps[1]) == 4 and job.hidden_t[1] is not None and job.lp[0] is known
+    loss, stats = opd.backward(run, job, opd.weigh([job])[0])
+    assert len(stats["value"]) == 6
+
+
+def test_whole_rollouts_are_compared_with_the_training_in_the_first_step(start, monkeypatch):
+    """The check before the first step looks at 32 tokens; a sampler may go wrong behind them."""
+    run = start(max_new_tokens=12, steps=1)
+    generate = type(run.student).generate
+
+    def late(model, prompts, temperature, top_p, max_new_tokens, batch):
+        out = generate(model, prompts, temperature, top_p, max_new_tokens, batch)
+        off = 0.5 if "checked" in run.memory else 0.0
+        return [(ids_T, logp_T - off) for ids_T, logp_T in out]
+    monkeypatch.setattr(type(run.student), "generate", late)
+    check = opd.check_samplers
+    monkeypatch.setattr(opd, "check_samplers", lambda run: (check(run), run.memory.update(checked=True)))
+    with pytest.raises(Refused, match="the rollouts are not on-policy"):
+        opd.train(run)
+    assert not (run.out / "checkpoint").exists()
 
 
 def test_what_is_computed_once_survives_a_restart(registered, start, monkeypatch):
@@ -275,7 +310,19 @@ def test_dpo_makes_pairs_of_graded_rollouts_and_skips_prompts_without_one(start,
     assert len(rollouts) == 9 and pairs == [(1, 0)]
 
 
+def test_dpo_reads_only_the_rollouts_that_are_paired(start, prompts, monkeypatch):
+    """Seven of eight rollouts of a prompt teach nothing; reading them would cost the most of a step."""
+    run = start(method="dpo", rollouts=4, batch=2, steps=1, prompts=[prompts("g", GRADED)])
+    rewards = iter([0, 1, 0, 1, 1, 1, 1, 1])
+    monkeypatch.setattr(opd, "grade", lambda *args: float(next(rewards)))
+    [job] = next(run.jobs())
+    assert [gap_T is not None for gap_T in job.gaps] == [True, True] + [False] * 6
+    assert job.weights[0] == -job.weights[1] == -0.05 and not any(job.weights[2:])
+
+
 def test_dpo_refuses_prompts_without_pairs_and_answers(start, prompts):
+    with pytest.raises(Refused, match="needs --rollouts of at least 2"):
+        start(method="dpo", rollouts=1, prompts=[prompts("g", GRADED)])
     with pytest.raises(Refused, match='has no "chosen" or "answer", which --method dpo needs'):
         start(method="dpo", prompts=[prompts("p", [{"prompt": "last q>"}])])
 
