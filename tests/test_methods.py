@@ -243,9 +243,11 @@ def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
 # ---- dpo ---------------------------------------------------------------------------------------------------
 
 def double(run):
-    for model in (run.student, run.self_teacher(run.student)):
+    teacher = run.self_teacher(run.student)
+    for model in (run.student, teacher):
         model.net.double()
         model.dtype = torch.float64
+    teacher.values = {p: value.double() for p, value in teacher.values.items()}
     return run
 
 
@@ -256,22 +258,22 @@ def dpo_by_hand(run, beta, rows):
         logp = torch.log_softmax(net(torch.tensor([ids + answer])).logits[0, :, :run.student.vocab], -1)
         return sum(logp[len(ids) - 1 + t, i] for t, i in enumerate(answer))
 
-    reference, margins = run.self_teacher(run.student).net, []
+    reference, margins = run.self_teacher(run.student), []
     for row in rows:
         ratio = {}
         for side in ("chosen", "rejected"):
-            with torch.no_grad():
-                anchor = log_prob(reference, row["prompt"], row[side])
+            with torch.no_grad(), reference.on_device():
+                anchor = log_prob(reference.net, row["prompt"], row[side])
             ratio[side] = log_prob(run.student.net, row["prompt"], row[side]) - anchor
         margins.append(beta * (ratio["chosen"] - ratio["rejected"]))
     margins = torch.stack(margins)
     return -torch.nn.functional.logsigmoid(margins).mean(), margins
 
 
-def test_the_gradient_of_dpo_is_that_of_its_loss(start, prompts, models):
+@pytest.mark.parametrize("kind", ["frozen", "snapshot"])
+def test_the_gradient_of_dpo_is_that_of_its_loss(start, prompts, kind):
     """Sums over tokens, the mean over pairs, beta in both places: against autograd in float64."""
-    run = double(start(method="dpo", prompts=[prompts("p", PAIRS)], self_teacher="frozen", dpo_beta=0.3,
-                       batch=2))
+    run = double(start(method="dpo", prompts=[prompts("p", PAIRS)], self_teacher=kind, dpo_beta=0.3, batch=2))
     with torch.no_grad():                                           # a student that has moved
         for p in run.student.net.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
