@@ -54,6 +54,18 @@ def test_imports_only_point_down():
             for word in line.split()}, f"{path} does not import alone"
 
 
+def test_the_losses_and_the_kernels_serve_another_trainer(tmp_path):
+    """Put into a folder of their own they import and run: README promises it to users of other trainers."""
+    shutil.copy(ROOT / "losses.py", tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = ("import sys, torch; from losses import divergence; from kernels import linear_divergence;"
+            "x, w = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4);"
+            "loss, stats = linear_divergence(x, w, x.detach() + 1, w); loss.backward();"
+            "assert x.grad.any() and 'transformers' not in sys.modules and 'config' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nobody_asks_which_method_runs():
     for path in FILES:
         assert "cfg.method ==" not in path.read_text(), path
