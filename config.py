@@ -3,11 +3,11 @@
     FLAGS             the general flags. One that is marked `of_methods` exists for the methods that name it
     METHODS           (methods/) a method's own flags are the keyword arguments of its generator: the default
                       and the type come from the signature, the help from its docstring
-    parse             from the command line to the settings, complete and checked, or one clear line
-    check_resume      whether --out is free, or holds a run that --resume may continue
+    parse             turn the command line into complete and checked settings, or refuse it in one line
+    check_resume      refuse an --out that is neither free nor holds a run that --resume may continue
 
-Two rules follow from the tables and are written nowhere else: a flag is refused where its condition `only`
-does not hold, as it would have no effect, and --resume may change what is marked `resume` and nothing else.
+Two rules follow from the tables and are written nowhere else. A flag is refused where its condition `only`
+does not hold, since it would have no effect. And --resume may change only what is marked `resume`.
 """
 import argparse
 import difflib
@@ -30,7 +30,7 @@ from losses import DIVERGENCES, LOSSES, SUPPORTS, check_support, lookup
 
 
 class Refused(ValueError):
-    """What a user gave cannot work. One line that says what is wrong and what would be right."""
+    """An error in what the user gave. Its message is one line: what is wrong, and what would be right."""
 
 
 def first_line(error):
@@ -39,7 +39,7 @@ def first_line(error):
 
 
 def nearest(name, names):
-    """Return a hint at the closest of some names, and all of them."""
+    """Return a hint for a message: the name that is closest to an unknown one, and all names."""
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}there are: {', '.join(names)}"
@@ -48,7 +48,7 @@ def nearest(name, names):
 # ---- types: what the words of a flag may be ----------------------------------------------------------------
 
 def number(kind, least=None, above=None, most=math.inf):
-    """Make a type for a flag: an int or a finite float within bounds."""
+    """Return a type for a flag: an int or a finite float within bounds."""
     def parse(text):
         value = kind(text)
         if not math.isfinite(value):
@@ -70,7 +70,7 @@ PROBABILITY = number(float, above=0, most=1)
 
 
 class OneOf:
-    """A type for a flag: one of some names."""
+    """A type for a flag: one of the given names."""
 
     def __init__(self, *names):
         self.names = names
@@ -82,7 +82,7 @@ class OneOf:
 
 
 class PerBranch:
-    """A type for a flag: one number for all branches ("0.8"), or numbers by name ("general=2 domain=1").
+    """A type for a flag: one number for all branches ("0.8"), or a number by name ("general=2 domain=1").
 
     The default is a number, or a pair: the first branch's number and the others'.
     """
@@ -110,7 +110,7 @@ class PerBranch:
 
 
 class Ratio:
-    """A type for a flag: a whole number per branch, as in "3:1", or one of some words.
+    """A type for a flag: a whole number per branch, as in "3:1", or one of the given words.
 
     The default is given for two branches; further ones get 1 each.
     """
@@ -155,7 +155,7 @@ def pairs(values, flag, default):
 
 
 def home(path):
-    """Return the path with ~ expanded: the shell leaves BRANCH=~/x alone."""
+    """Return the path with ~ expanded, which the shell does not do in BRANCH=~/x."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -163,7 +163,7 @@ def home(path):
 
 
 def json_object(text):
-    """A type for a flag: options of the chat template as a JSON object."""
+    """Return a flag's JSON object, with options of the chat template, as a dict."""
     value = json.loads(text)
     if not isinstance(value, dict) or "tokenize" in value:
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object with options of the chat template")
@@ -179,7 +179,7 @@ class Flag:
     about: str                      # unit, meaning and source
     type: Callable = str            # bool: a switch without a value
     words: str | int | None = None  # "+": one or several words; a number: exactly so many
-    shown: str | tuple | None = None  # the placeholder in --help, one for each of several words
+    shown: str | tuple | None = None  # the placeholder in --help; a tuple has one for each word
     only: tuple | None = None       # (settings -> whether the flag has an effect, the condition in words)
     resume: bool | Callable = False  # whether --resume may change it: always, or (settings -> bool)
     of_methods: bool = False        # exists only for methods that have a default for it
@@ -200,7 +200,7 @@ def knob_flags():
 
 
 def has_divergence(c):
-    """Whether the loss is a divergence over the vocabulary, not of the sampled token only."""
+    """Return whether the loss is a divergence over the vocabulary, not a loss of the sampled token only."""
     return c.loss in DIVERGENCES
 
 
@@ -273,7 +273,7 @@ FLAGS = {
                           "methods/feedback.py", shown="FILE", of_methods=True)},
     "optimisation": {
         "steps": Flag(100, "optimizer steps of each student", COUNT, basic=True,
-                      # nothing else depends on where the training ends
+                      # with these settings no step depends on where the training ends
                       resume=lambda c: (c.lr_schedule == "constant" and c.target == "teacher"
                                         and len(c.student) == 1)),
         "batch": Flag(32, "prompts per step", COUNT, basic=True),
@@ -343,6 +343,8 @@ GENERAL = {name: flag for group in FLAGS.values() for name, flag in group.items(
 # ---- the parser --------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """A parser that raises Refused where argparse would print its usage and exit."""
+
     def error(self, message):
         raise Refused(message)
 
@@ -361,6 +363,7 @@ def own_flags(methods):
 
 def build_parser(about, methods, everything):
     """Return the argparse parser. `everything`: its help shows all flags, not only the basic ones."""
+    # Flags that are not given are absent from the result (SUPPRESS), so that `parse` knows what was given.
     parser = Parser(prog="opd.py", description=about, usage="python opd.py --student PATH [flags]",
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, width=110, max_help_position=30),
@@ -391,7 +394,7 @@ def placeholder(flag):
 
 
 def help_text(name, flag, methods):
-    """Return a flag's explanation, with the names that it can be and its default."""
+    """Return a flag's explanation, with the names that it takes and its default."""
     text, names = flag.about, getattr(flag.type, "names", methods if name == "method" else ())
     if not all(name in text for name in names):
         text += f" ({', '.join(names)})"
@@ -413,7 +416,7 @@ def default_text(name, flag, methods):
 
 
 def in_words(value):
-    """Return a default as it would be typed; "" for nothing."""
+    """Return a default as a user would type it; "" where there is none."""
     if value is None or value is False or value in ([], {}):
         return ""
     if isinstance(value, (list, tuple)):
@@ -422,7 +425,7 @@ def in_words(value):
 
 
 def parse_words(argv, about, methods):
-    """Return {flag: value} of the flags that are given."""
+    """Return {flag: value} of the flags that are given, or print the help and exit."""
     if {"--help", "--help=all", "-h"} & set(argv):
         everything = "all" in argv or "--help=all" in argv
         print(build_parser(about, methods, everything).format_help())
@@ -439,9 +442,10 @@ def parse_words(argv, about, methods):
 # ---- from words to settings --------------------------------------------------------------------------------
 
 def parse(argv, about, methods):
-    """Return the settings of a run: parsed, completed and checked, with one clear line for what cannot work.
+    """Return the settings of a run, parsed, completed and checked; refuse in one line what cannot work.
 
-    A flat namespace with every general flag and the method's own. argv: words, None for the program's.
+    The settings are a flat namespace of every general flag and the method's own flags. argv: the words of the
+    command line; None: those that the program was started with.
     """
     given = parse_words(sys.argv[1:] if argv is None else list(argv), about, methods)
     for flag in ("student", "prompts"):
@@ -471,13 +475,14 @@ def parse(argv, about, methods):
 
 
 def take_method_flags(cfg, given, method, methods):
-    """Give the settings the flags that this method has; refuse those that only others have."""
+    """Add the method's flags to the settings; refuse those that only other methods have."""
     for flag in sorted(given.keys() - method.defaults.keys()):
         if flag not in GENERAL or GENERAL[flag].of_methods:
             users = [name for name, other in methods.items() if flag in other.defaults]
             raise Refused(f"--{flag} has no effect on --method {cfg.method}; it is for: {', '.join(users)}")
     for flag, default in method.defaults.items():
         setattr(cfg, flag, given.get(flag, default))
+    # A chained comparison: it is "snapshot", and that is not the method's default.
     if getattr(cfg, "self_teacher", None) == "snapshot" != method.defaults["self_teacher"]:
         users = [name for name, other in methods.items() if other.defaults.get("self_teacher") == "snapshot"]
         raise Refused(f"--self_teacher snapshot is for methods that renew it: {', '.join(users)}")
@@ -492,28 +497,28 @@ def complete_objective(cfg, given, method):
     if cfg.importance[0] >= cfg.importance[1]:
         raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
     if not has_divergence(cfg):
-        for flag in ("support", "top_k"):                   # a method's own defaults are for its divergence
+        for flag in ("support", "top_k"):                   # the method's own defaults are for a divergence
             if flag not in given:
                 setattr(cfg, flag, GENERAL[flag].default)
         return
     if cfg.support == "full" and "top_k" not in given:
-        cfg.top_k = None                                    # a method's own number of entries
+        cfg.top_k = None                                    # the method's own default is for its own support
     try:
         lookup(cfg.loss, knob(cfg))
-        if "top_k" not in given or cfg.support != "full":   # else check_effects says it better
+        if "top_k" not in given or cfg.support != "full":   # otherwise check_effects has the better message
             check_support(cfg.loss, cfg.support, cfg.top_k)
     except ValueError as error:
         raise Refused(str(error)) from None
 
 
 def knob(cfg):
-    """Return the knob of --loss; None where it has none."""
+    """Return the value of the knob of --loss; None where the loss has no knob."""
     name = DIVERGENCES[cfg.loss].knob if has_divergence(cfg) else None
     return getattr(cfg, name) if name else None
 
 
 def match_teachers(cfg, method, branches):
-    """Give every branch of prompts its teacher; refuse too few, too many and other names."""
+    """Give every branch of prompts its teacher; refuse missing, superfluous and unknown ones."""
     if "" in cfg.teachers:
         cfg.teachers = dict.fromkeys(branches, cfg.teachers[""])
     if method.teachers == "none" and cfg.teachers:
@@ -533,7 +538,7 @@ def complete_branches(cfg, given, method, branches):
     for name, own in method.own.items():
         if isinstance(own.type, (PerBranch, Ratio)):
             setattr(cfg, name, own.type.complete(given.get(name), own.default, branches, f"--{name}"))
-    mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # else a step takes a whole batch of one branch
+    mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # otherwise a step has one branch
     if mixed and not all(split(cfg.batch, cfg.mixture, branches).values()):
         raise Refused(f"--batch {cfg.batch} leaves a branch without prompts in the mixture "
                       f"{cfg.mixture or 'of all'}")
@@ -544,7 +549,7 @@ def split(batch, mixture, branches):
     shares = [int(n) for n in mixture.split(":")] if mixture else [1] * len(branches)
     counts, start = {}, 0
     for i, branch in enumerate(branches, 1):
-        end = round(batch * sum(shares[:i]) / sum(shares))      # so the counts add up to the batch
+        end = round(batch * sum(shares[:i]) / sum(shares))      # so that the counts add up to the batch
         counts[branch], start = end - start, end
     return counts
 
@@ -566,7 +571,7 @@ def check_effects(cfg, given, own):
 
 
 def complete_machine(cfg):
-    """Choose device, dtype and what follows from them."""
+    """Choose the device, the dtype, and the settings that are left."""
     if cfg.device is None:
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
@@ -577,6 +582,7 @@ def complete_machine(cfg):
         raise Refused(f"--teacher_device {cfg.teacher_device} needs a --device cuda")
     cfg.teacher_device = cfg.teacher_device or cfg.device.split(":")[0]
     shared = getattr(cfg, "self_teacher", None) in ("ema", "live", "snapshot")
+    # A chained comparison: the teacher computes on the CPU, and the student does not.
     if cfg.teacher_device == "cpu" != cfg.device and shared:
         raise Refused("--teacher_device cpu: a self-teacher shares the student's network; choose cuda or "
                       "swap, or --self_teacher frozen")
@@ -589,7 +595,7 @@ def complete_machine(cfg):
 # ---- config.json -------------------------------------------------------------------------------------------
 
 def read_config(out):
-    """Return the settings of the run in a folder, or None: a model's folder has a config.json as well."""
+    """Return the settings of the run in a folder, or None. A model's folder has another config.json."""
     try:
         config = json.loads((Path(out) / "config.json").read_text())
     except (OSError, ValueError):
@@ -598,7 +604,7 @@ def read_config(out):
 
 
 def record(cfg):
-    """Return what config.json keeps: every setting, with versions, the code's commit, device and date."""
+    """Return what config.json keeps: every setting, the versions, the code's commit, the device, the date."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                 text=True).stdout.strip()
@@ -606,7 +612,7 @@ def record(cfg):
         commit = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": version("transformers"), "opd": commit or "unknown"}
-    if cfg.device == "cpu":                                 # its instructions decide about rounding
+    if cfg.device == "cpu":                                 # its instruction set decides how sums are rounded
         device = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     else:
         device = torch.cuda.get_device_name(cfg.device)
@@ -615,9 +621,9 @@ def record(cfg):
 
 
 def check_resume(cfg):
-    """Refuse --out if it holds something else, or a run that these settings would turn into another one.
+    """Refuse an --out that holds something else than a run, or a run without --resume.
 
-    Returns the settings that run was started with, or None if there is none to continue.
+    Return the settings that the run was started with, or None if there is none to continue.
     """
     out, before = Path(cfg.out), read_config(cfg.out)
     if out.exists() and not out.is_dir():
@@ -633,7 +639,7 @@ def check_resume(cfg):
 
 def check_same_experiment(cfg, before):
     """Refuse to continue a run under settings that would make it another experiment."""
-    now = json.loads(json.dumps(vars(cfg)))
+    now = json.loads(json.dumps(vars(cfg)))                 # as they are in config.json: tuples become lists
     for name in sorted(now, key=lambda name: (name != "method", name)):
         may_change = name in GENERAL and GENERAL[name].resume
         if callable(may_change):

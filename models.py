@@ -1,17 +1,17 @@
 """Models: from a checkpoint to what the loop uses, and back to a checkpoint.
 
     Model         a causal language model with its tokenizer: encode, generate, hidden_states, log_probs
-    Learner       a Model that learns: with its optimizers and, where it has one, its moving average
-    load          any decoder-only model that transformers loads, checked; with --lora_rank an adapter on it
+    Learner       a Model that learns: with its optimizers and, if it has one, its moving average
+    load          load and check any decoder-only model that transformers knows; --lora_rank adds an adapter
     check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens
-    share_*       what student and teacher must agree on: token ids, and where a completion ends
-    save_*        what from_pretrained, or peft, reads again, and what a restart needs
+    share_*       make student and teacher agree on the token ids, and on where a completion ends
+    save_*        write what from_pretrained, or peft, reads again, and what a restart needs
 
-What learns is kept in float32 and what is frozen in --dtype, as is all computation; but the residual stream
-and the norms are float32 in both (a quantised teacher's norms stay as they come). Otherwise two equal models
-would show a gap that is nothing but rounding.
+Parameters that learn are kept in float32, and frozen ones in --dtype. The computation is in --dtype for both,
+but the residual stream and the norms are float32 in both (a quantised teacher's norms stay as they come).
+Otherwise the gap between two equal models would not be 0 but their rounding errors.
 
-This is the only file that imports transformers when it is imported itself.
+Other files import transformers inside functions, and this file before it: see below about `kernels`.
 """
 import contextlib
 import functools
@@ -30,7 +30,8 @@ from tqdm import tqdm
 from config import Refused, first_line
 from kernels import linear_divergence, linear_logprob
 
-# transformers looks for a distribution called `kernels`, and where one is installed it would import ours.
+# transformers uses the package `kernels` of PyPI where it is installed. But `import kernels` would find this
+# project's folder of that name, so transformers is told that the package is not there.
 for module in (transformers.utils, transformers.utils.import_utils):
     module.is_kernels_available = lambda *args, **kwargs: False
 
@@ -52,9 +53,9 @@ class Model:
     generation_config: GenerationConfig  # as found in the checkpoint, kept to be saved again
     template_kwargs: dict = field(default_factory=dict)     # options of the chat template
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
-    without_adapter: bool = False       # `net` is the student's, and this is the model that it was before
+    without_adapter: bool = False       # `net` is the student's; its adapter is off in this model
     offloaded: bool = False             # the weights wait in main memory while the model is not `on_device`
-    values: dict = field(default_factory=dict)  # parameter of `net` -> its value in this model, if another
+    values: dict = field(default_factory=dict)  # parameter of `net` -> its other value in this model
 
     @property
     def config(self):
@@ -68,28 +69,29 @@ class Model:
 
     @property
     def head_VH(self):
-        """The output head. A bias is one more column, beside a column of ones in the hidden states."""
+        """The output head [V, H]. A bias is one more column, which meets a column of ones in last_hidden."""
         head = self.net.get_output_embeddings()
         weight_VH = self.values.get(head.weight, head.weight)
         if head.bias is None:
             return weight_VH
         bias_V = self.values.get(head.bias, head.bias)
-        return pad(torch.cat([weight_VH, bias_V[:, None]], 1), (0, 7))      # widths stay multiples of 8
+        # With 7 columns of zeros beside it, a width that is a multiple of 8 stays one.
+        return pad(torch.cat([weight_VH, bias_V[:, None]], 1), (0, 7))
 
     @property
     def logit_scale(self):
-        """What the model multiplies its logits with (Cohere, Granite)."""
+        """The factor on the logits: Cohere multiplies them by a number, Granite divides them by one."""
         scale = getattr(self.config, "logit_scale", None)
         return scale or 1 / (getattr(self.config, "logits_scaling", None) or 1)
 
     @property
     def softcap(self):
-        """Logits become c * tanh(logits / c) (Gemma 2); None: they do not."""
+        """The c of c * tanh(logits / c), which bounds the logits (Gemma 2); None where nothing does."""
         return getattr(self.config, "final_logit_softcapping", None)
 
     @property
     def positions(self):
-        """How many tokens the model can take, prompt and completion together."""
+        """The largest number of tokens that the model can take, prompt and completion together."""
         return getattr(self.config, "max_position_embeddings", None) or math.inf
 
     # -- text and token ids
@@ -97,8 +99,8 @@ class Model:
     def encode(self, prompt):
         """Return the token ids of a prompt (text or chat messages) up to where its completion begins.
 
-        A model with a chat template sees the template around the messages; plain text becomes one message of
-        the user's. A model without one (a base model) sees the plain text.
+        A model with a chat template sees the messages in its template; plain text becomes one user message.
+        A model without a template (a base model) sees the plain text.
         """
         if self.tok.chat_template:
             text = rendered(self.tok, prompt, self.template_kwargs)
@@ -115,13 +117,13 @@ class Model:
         return ids
 
     def encode_completion(self, text):
-        """Return the token ids of a fixed completion, closed as the model closes one: it learns to stop."""
+        """Return the token ids of a fixed completion and the token that ends it, to be learned too."""
         end = end_of_turn(self.tok)
         closing = self.tok.eos_token_id if end is None else end
         return self.tok(text, add_special_tokens=False).input_ids + [closing]
 
     def decode(self, ids_T):
-        """Return a completion as text without its stop token. Special tokens within it (thinking) stay."""
+        """Return a completion as text without its stop token. Special tokens within it (<think>) stay."""
         ids = ids_T.tolist()
         return self.tok.decode(ids[:-1] if ids[-1] in self.stops else ids)
 
@@ -129,7 +131,7 @@ class Model:
 
     @contextlib.contextmanager
     def forward_context(self):
-        """Context manager of every forward pass: the dtype of the computation, and the adapter on or off."""
+        """Context manager of a forward pass: compute in the model's dtype, with its adapter on or off."""
         bare = self.adapter.disable_adapter() if self.without_adapter else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), bare:
             yield
@@ -138,8 +140,10 @@ class Model:
     def on_device(self):
         """Context manager: put this model's weights into the network, on the device of its computation.
 
-        What an offloaded model has there are copies, which are dropped in the end: nothing has changed.
+        For an offloaded model these are copies, which are dropped in the end: its weights stay in main memory
+        as they are. For an average they stand in for the student's own parameters.
         """
+        # Pairs of a tensor and its present data, which it gets back in the end.
         waiting = [(x, x.data) for x in (tensors(self.net) if self.offloaded else self.values)]
         try:
             for x, data in waiting:
@@ -156,11 +160,11 @@ class Model:
         if self.logit_scale != 1:
             hidden_BTH = hidden_BTH * self.logit_scale
         if self.net.get_output_embeddings().bias is not None:
-            hidden_BTH = pad(pad(hidden_BTH, (0, 1), value=1.0), (0, 7))
+            hidden_BTH = pad(pad(hidden_BTH, (0, 1), value=1.0), (0, 7))    # see head_VH
         return hidden_BTH
 
     def hidden_states(self, prompts, completions):
-        """Return the states [N, H] that predict the N tokens of some completions, one after the other.
+        """Return the hidden states [N, H] that predict the N tokens of some completions, concatenated.
 
         prompts: lists of token ids; completions: tensors [T]. The state before a token predicts it: the last
         prompt token predicts the first completion token, and the last completion token (EOS) is predicted but
@@ -175,7 +179,7 @@ class Model:
         return self.last_hidden(ids_BT)[predicts_BT.to(self.device)].to(self.dtype)
 
     def token_log_probs(self, hidden_NH, completions, temperature=1.0, head_VH=None, vocab=None):
-        """Return the log-probability of every completion token, a [T] each, from what predicts them."""
+        """Return the log-probabilities [T] of each completion's tokens, from the states that predict them."""
         head_VH = self.head_VH if head_VH is None else head_VH
         _, stats = linear_logprob(hidden_NH, head_VH, torch.cat(completions), temperature=temperature,
                                   vocab=vocab or self.vocab, softcap=self.softcap)
@@ -183,7 +187,7 @@ class Model:
 
     @torch.no_grad()
     def log_probs(self, prompts, completions, micro_tokens, temperature=1.0):
-        """Return log p(y) of every completion token under the training forward pass, a [T] each."""
+        """Return log p(y), [T], of each completion's tokens, from the same forward pass as in training."""
         out = [None] * len(completions)
         lengths = {i: len(prompts[i]) + len(ids_T) for i, ids_T in enumerate(completions)}
         for group in micro_batches(lengths, micro_tokens):
@@ -195,10 +199,11 @@ class Model:
 
     @torch.no_grad()
     def generate(self, prompts, temperature, top_p, max_new_tokens, batch):
-        """Complete prompts (lists of token ids), `batch` at a time. Returns [(ids_T, logp_T)].
+        """Complete prompts (lists of token ids), `batch` at a time, and return [(ids_T, logp_T)].
 
-        Each completion is cut after its first stop token. With temperature 0 they are greedy and logp_T is
-        None; otherwise it is under the distribution that was sampled from, temperature and top_p applied.
+        Each completion is cut after its first stop token. With temperature 0 completions are greedy, and
+        logp_T is None. Otherwise logp_T are the log-probabilities under the distribution that was sampled
+        from, with temperature and top_p applied.
         """
         out, starts = [], range(0, len(prompts), batch)
         for start in tqdm(starts, "sample", leave=False, disable=len(starts) == 1):
@@ -213,6 +218,8 @@ class Model:
         recorder, sampling = SampledLogProbs(), {}
         processors = LogitsProcessorList([OnlyKnownTokens(self.vocab)])
         if temperature > 0:
+            # A list times False is empty. The processors do the work of generate's own options, in an order
+            # that is known here: the recorder comes last.
             processors += [TemperatureLogitsWarper(temperature)] * (temperature != 1)
             processors += [TopPLogitsWarper(top_p)] * (top_p < 1) + [recorder]
             sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -225,6 +232,7 @@ class Model:
         stop_BT = torch.isin(ids_BT[:, P:], torch.tensor(self.stops, device=self.device))
         out = []
         for i, stop_T in enumerate(stop_BT):
+            # argmax finds the first stop token; behind it is padding.
             T = int(stop_T.int().argmax()) + 1 if stop_T.any() else len(stop_T)
             out.append((ids_BT[i, P:P + T], logp_BT[i, :T] if temperature > 0 else None))
         return out
@@ -232,7 +240,7 @@ class Model:
 
 @dataclass(eq=False)
 class Learner(Model):
-    """A Model that learns: updated, saved and restored by the loop under its name."""
+    """A Model that learns. The loop updates it, and saves and restores it under its name."""
     name: str = "student"
     optimizers: tuple = ()
     updates: int = 0                    # optimizer steps done
@@ -240,7 +248,11 @@ class Learner(Model):
 
 
 class SampledLogProbs(LogitsProcessor):
-    """The last processor sees what generate samples from: keep log p(y) of every token once it is known."""
+    """A logits processor that keeps log p(y) of every sampled token, and changes nothing.
+
+    It has to be the last one, which sees the distribution that generate samples from. The token itself is
+    known only when the processor is called for the next one.
+    """
 
     def __init__(self):
         self.previous_BV, self.logps = None, []
@@ -252,16 +264,17 @@ class SampledLogProbs(LogitsProcessor):
         return scores_BV
 
     def take(self, ids_BT):
+        """Keep the log-probabilities of the newest tokens."""
         self.logps.append(self.previous_BV.gather(1, ids_BT[:, -1:]))
 
     def finish(self, ids_BT):
-        """Return the log-probabilities [B, T] of all sampled tokens."""
+        """Return the log-probabilities [B, T] of all sampled tokens; no call comes after the last token."""
         self.take(ids_BT)
         return torch.cat(self.logps, 1)
 
 
 class OnlyKnownTokens(LogitsProcessor):
-    """Rows that pad the head beyond the tokenizer's ids are never sampled."""
+    """A logits processor: ids beyond the tokenizer's, which only pad the head, are never sampled."""
 
     def __init__(self, vocab):
         self.vocab = vocab
@@ -272,9 +285,10 @@ class OnlyKnownTokens(LogitsProcessor):
 
 
 def micro_batches(lengths, micro_tokens):
-    """Return groups of indices, longest first, of up to micro_tokens with padding.
+    """Return micro-batches: groups of indices, longest first, with at most micro_tokens tokens each.
 
-    lengths: {index: tokens}. What is longer than micro_tokens is a group of its own.
+    lengths: {index: tokens}. Padding counts too: every sequence of a group takes as much as its longest one,
+    which is its first. A sequence longer than micro_tokens is a group of its own.
     """
     groups = []
     for i in sorted(lengths, key=lambda i: -lengths[i]):
@@ -288,19 +302,19 @@ def micro_batches(lengths, micro_tokens):
 # ---- chat templates ----------------------------------------------------------------------------------------
 
 def messages(prompt):
-    """Return a prompt as chat messages; plain text is one of the user's."""
+    """Return a prompt as chat messages; plain text becomes one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def rendered(tok, prompt, template_kwargs=None):
-    """Return a prompt as text in its model's chat template, up to where the answer begins."""
+    """Return a prompt as text in the tokenizer's chat template, up to where the answer begins."""
     return tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
                                    **(template_kwargs or {}))
 
 
 @functools.lru_cache(maxsize=64)
 def end_of_turn(tok):
-    """Return the id of the special token that the chat template puts after an answer; None: there is none.
+    """Return the id of the special token that the chat template puts after an answer, or None.
 
     It is the tokenizer's EOS in most families, but Gemma ends turns with <end_of_turn> and texts with <eos>.
     """
@@ -320,15 +334,15 @@ def end_of_turn(tok):
 
 
 def ignores_text(tok):
-    """Whether the chat template leaves out what messages say: some know only lists of parts (text, image)."""
+    """Return whether the chat template leaves out the text: some templates know only lists of parts."""
     try:
         return bool(tok.chat_template) and "a question" not in rendered(tok, "a question").lower()
-    except Exception:                                           # the prompts themselves will tell
+    except Exception:                                           # the check of the prompts says what is wrong
         return False
 
 
 def may_think(model):
-    """Whether the chat template has Qwen3's switch for thinking, which is on unless it is switched off."""
+    """Return whether the chat template has Qwen3's switch for thinking, and nobody has switched it off."""
     return ("enable_thinking" in (model.tok.chat_template or "")
             and model.template_kwargs.get("enable_thinking", True))
 
@@ -338,8 +352,8 @@ def may_think(model):
 def load(path, cfg, learns=False, weights=None, name="student"):
     """Return a Model from anything that from_pretrained takes; a Learner called `name` if it `learns`.
 
-    weights: read the parameters, or the adapter's, from this folder (a checkpoint) instead. With cfg.dry_run
-    only config and tokenizer are read, and the parameters are fake tensors: shapes without memory.
+    weights: a folder (a checkpoint) to read the parameters, or the adapter's, from instead. With cfg.dry_run
+    only the config and the tokenizer are read, and the parameters are fake tensors: shapes without memory.
     """
     transformers.utils.logging.disable_progress_bar()
     dtype, lora = getattr(torch, cfg.dtype), cfg.lora_rank if learns else 0
@@ -354,21 +368,21 @@ def load(path, cfg, learns=False, weights=None, name="student"):
         device = torch.device("cpu") if cfg.teacher_device == "cpu" else device
         if offloaded and quantised:
             raise Refused(f"{path} is quantised, which --teacher_device swap cannot move; choose cuda")
-    kept = torch.float32 if learns and not lora else dtype
+    kept = torch.float32 if learns and not lora else dtype     # the dtype that the parameters are kept in
     with reading(path):
         net = (fake_net(config, kept) if cfg.dry_run else
                read_net(path if lora else weights or path, kept, device if quantised else None))
     if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
     net.eval().requires_grad_(learns and not lora)
-    # A checkpoint's own sampling defaults (top_k 20, say) would make sampling off-policy without a word.
+    # A checkpoint's own sampling defaults (top_k 20, say) would silently make sampling off-policy.
     net.generation_config = GenerationConfig()
     match_precision(net, kept, dtype, quantised)
     if offloaded and device.type == "cuda":
         for x in tensors(net):
-            x.data = x.data.pin_memory()
+            x.data = x.data.pin_memory()                        # pages that the GPU can copy by itself
     check_head(path, net)
-    # Gemma 3's tokenizer has an image token more than its text models have rows.
+    # Gemma 3's tokenizer has one token more, for images, than its text models have rows.
     vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
     common = dict(path=path, net=net, tok=tok, stops=stop_tokens(path, tok, defaults, vocab), vocab=vocab,
                   dtype=dtype, device=device, generation_config=defaults,
@@ -387,7 +401,7 @@ def load(path, cfg, learns=False, weights=None, name="student"):
 
 
 def stop_tokens(path, tok, defaults, vocab):
-    """Return the ids that end a completion: EOS, the end of a turn, and those of the generation defaults."""
+    """Return the ids that end a completion: of EOS, of the end of a turn, and of the generation defaults."""
     eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
     stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
     if not stops:
@@ -398,7 +412,8 @@ def stop_tokens(path, tok, defaults, vocab):
 def match_precision(net, kept, dtype, quantised):
     """Make networks kept in float32 and in `dtype` compute the same: norms and residual stream are float32.
 
-    Autocast does the rest, but for experts that grouped_mm multiplies: those run as they are kept.
+    Autocast does the rest, except for experts that grouped_mm multiplies, which run in the dtype that they
+    are kept in.
     """
     if dtype == torch.float32:
         return
@@ -408,13 +423,14 @@ def match_precision(net, kept, dtype, quantised):
     if kept == torch.float32:
         return
     for parameter in net.parameters():
-        if parameter.ndim < 2 and not quantised:
+        if parameter.ndim < 2 and not quantised:                # norms and biases
             parameter.data = parameter.data.float()
+    # The residual stream begins as the embedding, and keeps its dtype from layer to layer.
     net.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.float())
 
 
 def scale_embedding_fp32(module, inputs, out, dtype):
-    """Return an embedding times its scale: the scale rounded to `dtype`, as it is in transformers."""
+    """Return an embedding times its scale in float32; the scale is rounded to `dtype` as in transformers."""
     embedded = torch.nn.functional.embedding(inputs[0], module.weight)
     return embedded.float() * module.embed_scale.to(dtype).float()
 
@@ -444,7 +460,7 @@ def read_folder(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Context manager: whatever is wrong with a checkpoint becomes one line."""
+    """Context manager: refuse in one line whatever is wrong with a checkpoint."""
     try:
         yield
     except (torch.OutOfMemoryError, Refused):
@@ -454,7 +470,7 @@ def reading(path):
 
 
 def read_net(source, dtype, device):
-    """Return the network with the weights in `source`. device: where a quantised one has to be at once."""
+    """Return the network with the weights in `source`. device: of a quantised one, which cannot be moved."""
     net, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, **(dict(device_map={"": device}) if device else {}))
     if missing := sorted(found["missing_keys"]):
@@ -465,19 +481,19 @@ def read_net(source, dtype, device):
 
 @functools.cache
 def fake_mode():
-    """Return the mode of fake tensors, the same for a whole process."""
+    """Return the mode of fake tensors. A process has only one: tensors of different modes do not mix."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode()
 
 
 def fake_net(config, dtype):
-    """Return the network with shapes and dtypes but without memory or values, in about a second."""
+    """Return the network with shapes and dtypes, but without memory and values. It takes about a second."""
     with fake_mode():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def add_adapter(model, cfg, weights):
-    """Return a LoRA adapter on every linear layer but the head: a saved one, or one without effect yet."""
+    """Return a LoRA adapter on all linear layers but the head: a saved one, or a new one without effect."""
     try:
         import peft
     except ImportError:
@@ -486,7 +502,7 @@ def add_adapter(model, cfg, weights):
                              target_modules="all-linear")
     torch.manual_seed(cfg.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)          # peft calls what transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)          # peft uses old names of transformers
         if weights and not cfg.dry_run:
             with reading(weights):
                 return peft.PeftModel.from_pretrained(model.net, weights, is_trainable=True)
@@ -501,7 +517,7 @@ def add_adapter(model, cfg, weights):
 
 
 def replace_meta_tensors(net):
-    """Replace the meta tensors that peft makes by fake ones, of the kind that the others are."""
+    """Replace the meta tensors that peft makes by fake ones, since both kinds do not mix."""
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -515,9 +531,9 @@ def tensors(net):
 
 
 def recompute_layers(model):
-    """Gradient checkpointing: of every layer only the input is kept, the rest is computed again in backward.
+    """Switch on gradient checkpointing: keep only every layer's input, and compute the rest again later.
 
-    transformers' own switch works in training mode only, where dropout is on.
+    The switch of transformers works only in training mode, where dropout is on, so this is our own.
     """
     def recomputed(forward):
         def call(*args, **kwargs):
@@ -535,7 +551,7 @@ def recompute_layers(model):
 
 
 def build_optimizers(model, cfg):
-    """Return AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest. Matrices decay."""
+    """Return AdamW or SGD on everything, or Muon on hidden matrices and AdamW on the rest; matrices decay."""
     ends = {id(model.net.get_output_embeddings().weight), id(model.net.get_input_embeddings().weight)}
     params = [p for p in model.net.parameters() if p.requires_grad]
     hidden = [p for p in params if p.ndim == 2 and id(p) not in ends and cfg.optimizer == "muon"]
@@ -544,7 +560,7 @@ def build_optimizers(model, cfg):
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     if cfg.optimizer == "sgd":
         return (torch.optim.SGD(groups, lr=cfg.lr),)
-    fused = model.device.type == "cuda" or None                 # without temporaries as large as the model
+    fused = model.device.type == "cuda" or None                 # needs no temporaries as large as the model
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2), fused=fused)
     if cfg.optimizer == "adamw":
         return (adamw,)
@@ -555,7 +571,7 @@ def build_optimizers(model, cfg):
 # ---- the models of a run -----------------------------------------------------------------------------------
 
 def load_students(cfg, checkpoint, teacher_learns):
-    """Return the Learners of --student: "student", or "1" and "2". checkpoint: the folder to go on from."""
+    """Return the Learners of --student: "student", or "1" and "2". checkpoint: to resume from, or None."""
     names = ["student"] if len(cfg.student) == 1 else [str(i + 1) for i in range(len(cfg.student))]
     several = len(names) > 1 or teacher_learns
     students = [load(path, cfg, learns=True, weights=learner_folder(checkpoint, name, several), name=name)
@@ -569,7 +585,7 @@ def load_students(cfg, checkpoint, teacher_learns):
 
 
 def load_teachers(cfg, checkpoint, students, teacher_learns):
-    """Return {path: Model} of --teachers, Learners if they learn, which share the students' tokens."""
+    """Return {path: Model} of --teachers, Learners if teacher_learns. They share the students' tokens."""
     student, teachers = students[0], {}
     for path in dict.fromkeys(cfg.teachers.values()):
         name = f"teacher{len(teachers) or ''}"
@@ -587,19 +603,19 @@ def load_teachers(cfg, checkpoint, students, teacher_learns):
 
 
 def learner_folder(folder, name, several):
-    """Return where in a folder a learner lies: in it, or where there are several, in one of its name."""
+    """Return a learner's place in a folder: the folder itself, or if there are several FOLDER/NAME."""
     return folder and (folder / name if several else folder)
 
 
 def load_frozen(path, student, cfg):
-    """Return a frozen teacher. One that is the student before its adapter takes no memory."""
+    """Return a frozen teacher. The student without its adapter is one that takes no memory."""
     if cfg.lora_rank and path == student.path:
         return twin(student, without_adapter=True)
     return load(path, cfg)
 
 
 def make_self_teacher(student, kind, cfg):
-    """Return a student's self-teacher, as --self_teacher says; None where the method has none."""
+    """Return a student's self-teacher of --self_teacher's kind; None where the method has none."""
     if kind == "frozen":
         start = load_frozen(student.path, student, cfg)
         share_stops(student, start)
@@ -613,14 +629,15 @@ def make_self_teacher(student, kind, cfg):
 # ---- models that share the student's network ---------------------------------------------------------------
 
 def twin(student, **changes):
-    """Return a frozen Model in the student's own network."""
+    """Return a frozen Model that uses the student's network. changes: its fields that differ."""
     return Model(**{f.name: getattr(student, f.name) for f in fields(Model)} | changes)
 
 
 def make_average(student, cfg):
-    """Return a copy of what learns as a teacher in the student's own network: a moving average or a snapshot.
+    """Return a teacher that uses the student's network with other values: a moving average or a snapshot.
 
-    Only what learns is kept twice, an adapter for example; with --teacher_device swap in main memory.
+    Only the parameters that learn (of an adapter, say) are kept twice; with --teacher_device swap the second
+    copy is in main memory.
     """
     device = "cpu" if cfg.teacher_device == "swap" else student.device
     values = {p: p.detach().to(device, copy=True) for p in student.net.parameters() if p.requires_grad}
@@ -628,31 +645,31 @@ def make_average(student, cfg):
 
 
 def average_values(student):
-    """Return the numbers of its average, in the order of its parameters; none where it has no average."""
+    """Return the values of a student's average in the order of its parameters; [] where it has no average."""
     return list(student.average.values.values()) if student.average else []
 
 
 @torch.no_grad()
 def follow(average, rate):
-    """Move an average after an update: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
+    """Update an average: average = (1 - rate) average + rate student. SDPO, 2601.20802."""
     for p, value in average.values.items():
         value.lerp_(p.to(value.device), rate)
 
 
 def offload(student):
-    """Move weights and optimizer state to main memory. `on_device` fetches the weights while needed."""
+    """Move weights and optimizer state to main memory. `on_device` copies the weights back while needed."""
     student.offloaded = True
     move(student, "cpu")
 
 
 def onload(student):
-    """Move everything back to the student's device: it is going to learn."""
+    """Move weights and optimizer state back to the student's device, before it learns."""
     student.offloaded = False
     move(student, student.device)
 
 
 def move(student, device):
-    """Move weights, buffers and optimizer state in place: the optimizers keep their parameters."""
+    """Move weights, buffers and optimizer state in place, so that the optimizers keep their parameters."""
     for x in tensors(student.net):
         x.data = x.data.to(device)
     for state in [state for optimizer in student.optimizers for state in optimizer.state.values()]:
@@ -674,9 +691,9 @@ def check_head(path, net):
 def check_forward(model):
     """Refuse a model whose logits are not what the loss will compute from hidden states, head and softcap.
 
-    What goes into the head must be the last hidden states, and what comes out of the model the transforms
-    that are known here, tried on a probe in place of the head's output. No token may see a later one, and the
-    model must generate.
+    The head's input must be the last hidden states. For its output, a probe is put in its place: the model
+    must turn it into what logit_scale and softcap make of it. No token may see a later one: changing the last
+    token must leave the other states as they are. And the model must be able to generate.
     """
     net, head, seen, kind = model.net, model.net.get_output_embeddings(), {}, type(model.net).__name__
     ids_BT = torch.arange(8, device=model.device)[None] % model.vocab
@@ -720,8 +737,8 @@ def check_forward(model):
 def check_sampler(student, prompts, max_new_tokens, batch, micro_tokens):
     """Refuse a student whose samples do not come from the distribution that is trained.
 
-    KL(student, student) between two rollouts in one padded forward pass and the same two alone must be 0, and
-    the sampler's log-probabilities those of the training's forward pass.
+    KL(student, student) must be 0 between two rollouts in one padded forward pass and the same two, each
+    alone. The sampler's log-probabilities must be those of the training's forward pass.
     """
     completions, logps = zip(*student.generate(prompts, 1.0, 1.0, max_new_tokens, batch))
     short = sorted(range(len(prompts)), key=lambda i: len(completions[i]))[:2]
@@ -739,7 +756,7 @@ def check_sampler(student, prompts, max_new_tokens, batch, micro_tokens):
 
 
 def check_log_probs(student, lps, sampled_lps):
-    """Refuse a sampler's log-probabilities that are not the training's. Returns their mean distance, nats."""
+    """Refuse log-probabilities of the sampler that are not the training's; return their mean distance."""
     off = (torch.cat(lps) - torch.cat(sampled_lps)).abs().mean().item()
     if not off < (1e-3 if student.dtype == torch.float32 else 0.2):
         raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from "
@@ -750,8 +767,8 @@ def check_log_probs(student, lps, sampled_lps):
 def share_tokens(student, other):
     """Refuse models whose token ids differ: distillation compares distributions id by id.
 
-    A teacher may know more tokens after the student's last one (Qwen3 after Qwen2.5): its distribution is
-    renormalised over the student's. Another learner may not.
+    A teacher may have more tokens behind the student's last one (Qwen3 and Qwen2.5): its distribution is
+    renormalised over the student's tokens. Another learner may not.
     """
     ours, theirs = student.tok.get_vocab(), other.tok.get_vocab()
     more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
@@ -773,7 +790,7 @@ def share_stops(student, teacher):
     """Make the student end where its teacher would, and the teacher write in the student's tokens.
 
     A base model has never seen the end-of-turn token of its chat-tuned teacher. It learns the token from the
-    teacher, and would write on after it.
+    teacher, but without this it would write on behind it.
     """
     teacher.vocab = student.vocab
     new = [i for i in teacher.stops if i < student.vocab and i not in student.stops]
@@ -786,7 +803,7 @@ def share_stops(student, teacher):
 # ---- save --------------------------------------------------------------------------------------------------
 
 def save_model(model, folder):
-    """save_pretrained: the adapter in peft's format, or the model, to stop where it did here.
+    """Write the adapter in peft's format, or else the model with the stop tokens that it has here.
 
     The other generation defaults are those that the model came with.
     """
@@ -794,7 +811,7 @@ def save_model(model, folder):
         return model.adapter.save_pretrained(folder, save_embedding_layers=False)
     model.net.save_pretrained(folder)
     model.generation_config.eos_token_id = model.stops if len(model.stops) > 1 else model.stops[0]
-    model.generation_config.to_json_file(folder / "generation_config.json")     # as it came, valid or not
+    model.generation_config.to_json_file(folder / "generation_config.json")   # as it came, valid or not
 
 
 def save_learners(learners, folder, state):
@@ -808,7 +825,7 @@ def save_learners(learners, folder, state):
 
 
 def restore_learners(learners, folder):
-    """Read what save_learners wrote, but for the weights, which `load` has read. Returns the run's state."""
+    """Read what save_learners wrote, except the weights, which `load` reads. Return the run's state."""
     with reading(folder):
         saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     if not {"learners", "state"} <= saved.keys():
@@ -833,7 +850,7 @@ def save_adapters(students, folder):
 
 
 def save_final(students, folder):
-    """Write plain folders that from_pretrained loads, in the run's dtype and with adapters merged."""
+    """Write plain folders that from_pretrained loads, in the run's dtype, with adapters merged."""
     for student in students:
         if student.adapter:
             student.net, student.adapter = student.adapter.merge_and_unload(), None

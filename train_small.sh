@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The story in one command: a small world, two teachers, every method, a table and a picture. Needs no GPU.
+# A whole experiment in one command: a small world, two teachers, every method of the recipe `small`, a table
+# and a picture. It needs no GPU.
 #   bash train_small.sh                          one seed, about 8 minutes on 2 CPU cores
 #   bash train_small.sh --quick                  a short form of the same, about 2 minutes
 #   bash train_small.sh --seeds 5                the table in lab/README.md
 #   bash train_small.sh small-opcod --seeds 3    another recipe; `python -m lab.recipes` lists them all
-# If it is interrupted, the same command again continues with what is missing. The results lie in runs/small
+# After an interruption the same command continues with what is missing. The results are in runs/small
 # (runs/small-quick with --quick), or in --out DIR. The flags are those of `python -m lab.recipes --help`.
 set -euo pipefail
 root="$(cd "$(dirname "$0")" && pwd)"

@@ -1,4 +1,4 @@
-"""The check of all prompts before the first step: whatever would fail later is refused by file and line."""
+"""The check of all prompts before the first step. What would fail later is refused, with file and line."""
 from types import SimpleNamespace
 
 from tqdm import tqdm
@@ -10,14 +10,15 @@ from .graders import can_be_correct
 
 
 def check_prompts(run):
-    """See that every row can be rendered, fits the models, and can be graded or learned from.
+    """Refuse a row that cannot be rendered, does not fit the models, or cannot be graded or learned from.
 
-    Returns the lengths of the longest prompt, as either model sees it, of the longest completion, and of the
-    longest prompt that a self-teacher or a tutor can get to read: .prompt, .completion, .read.
+    Return the largest lengths in tokens: .prompt, of a prompt as any of the models sees it; .completion; and
+    .read, of a prompt that a self-teacher or a tutor can get to read.
     """
     cfg, longest = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0)
     for branch, rows in run.prompts.items():
-        readers = dict.fromkeys([*run.students, *([run.teachers[branch]] if branch in run.teachers else [])])
+        teachers = [run.teachers[branch]] if branch in run.teachers else []
+        readers = dict.fromkeys([*run.students, *teachers])     # each model once: a list would repeat one
         check_file(run, cfg.prompts[branch], rows, readers, longest, trained=True, read=run.method.reads)
     for name, rows in run.evals.items():
         check_file(run, cfg.eval_prompts[name], rows, run.students, longest)
@@ -32,7 +33,7 @@ def check_prompts(run):
 
 
 def warn_of_training_prompts(run):
-    """Say which validation prompts are training prompts, too."""
+    """Write a note of how many validation prompts are also training prompts."""
     training = {str(row["prompt"]) for rows in run.prompts.values() for row in rows}
     for name, rows in run.gate_prompts.items():
         if seen := sum(str(row["prompt"]) in training for row in rows):
@@ -40,7 +41,10 @@ def warn_of_training_prompts(run):
 
 
 def check_file(run, path, rows, readers, longest, trained=False, read=None):
-    """Check the rows of one file for the models that read them, and note the longest."""
+    """Check the rows of one file for the models that read them, and update the lengths in `longest`.
+
+    read: the method's function that returns the longest prompt of a self-teacher or a tutor, or None.
+    """
     for model in readers:
         if ignores_text(model.tok):
             raise Refused(f"{model.path}: its chat template leaves out the text of messages")
@@ -50,22 +54,22 @@ def check_file(run, path, rows, readers, longest, trained=False, read=None):
         for model in readers:
             try:
                 check_row(run, row, model, longest, trained, read)
-            except Exception as error:              # templates, tokenizers and graders raise what they like
+            except Exception as error:              # of a template, a tokenizer or a grader
                 raise Refused(f"{where}{'' if isinstance(error, Unfit) else ':'} {error}") from None
 
 
 class Unfit(Refused):
-    """What is wrong with a row, as the end of a sentence that begins with its place."""
+    """A Refused whose message goes on after the row's place without a colon: "FILE:3 has the token .."."""
 
 
 def check_fields(run, where, row, trained):
-    """Refuse a row without what the method learns from, or evaluation compares with."""
+    """Refuse a row that lacks what the method learns from, or what evaluation compares with."""
     method, name = run.method, run.cfg.method
     if not trained:
         if "answer" not in row:
             raise Refused(f'{where} has no "answer", so it cannot be evaluated')
         return
-    for need in method.needs:
+    for need in method.needs:                   # "a|b": one of these fields is enough
         if not any(field in row for field in need.split("|")):
             fields = '" or "'.join(need.split("|"))
             purpose = {"solution": "learns from", "answer": "needs for its rewards"}.get(need, "needs")
@@ -77,13 +81,13 @@ def check_fields(run, where, row, trained):
 
 
 def fixed_texts(method):
-    """Return the fields of a row that a method learns from as they are."""
+    """Return the names of the fields whose texts the method learns from, as they are in the row."""
     fields = {field for need in method.needs for field in need.split("|")}
     return [field for field in ("solution", "chosen", "rejected") if field in fields]
 
 
 def check_row(run, row, model, longest, trained, read):
-    """Refuse a row that this model cannot read, or whose completion has no room or cannot be correct."""
+    """Refuse a row that the model cannot read, that leaves no room for a completion, or cannot be solved."""
     cfg, method = run.cfg, run.method
     ids = model.encode(row["prompt"])
     fields = fixed_texts(method) if trained else []

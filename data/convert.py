@@ -4,7 +4,7 @@
     python -m data.convert 'openai/gsm8k:test[:200]' > gsm8k.jsonl       another split, or a part of one
     python -m data.convert openai/gsm8k --file test.jsonl > gsm8k.jsonl  from a file in the set's own format
 
-SciKnowEval (data/sciknoweval.py) is four sets with the parts train, val and test:
+SciKnowEval (data/sciknoweval.py) is four sets, each with the parts train, val and test:
 
     python -m data.convert hicai-zju/SciKnowEval/physics:val > val.jsonl
     python -m data.convert hicai-zju/SciKnowEval/{physics,chemistry} --out DIR   all of DIR/physics_val.jsonl
@@ -25,22 +25,25 @@ MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer withi
 
 
 def gsm8k(row):
+    """Return the prompt row of a row of GSM8K."""
     steps, answer = row["answer"].rsplit("####", 1)
     return {"prompt": MATH_PROMPT.format(row["question"]), "answer": answer.strip(), "grader": "number",
             "solution": f"{steps.strip()}\n\\boxed{{{answer.strip()}}}"}
 
 
 def math(row):
+    """Return the prompt row of a row of MATH, AIME or AMC."""
     return {"prompt": MATH_PROMPT.format(row["problem"]), "answer": str(row["answer"]), "grader": "boxed"}
 
 
 @dataclass(frozen=True)
 class Set:
-    convert: Callable                   # row -> prompt row, or None: not of this set
-    config: str | None
-    split: str                          # of the hub
-    hub: str | None = None              # where the set is called otherwise there
-    parts: Callable | None = None       # of sets that we split: prompt rows, a list per file -> {part: rows}
+    """A public set, and how its rows become prompt rows."""
+    convert: Callable                   # row -> prompt row, or None where the row is not of this set
+    config: str | None                  # the configuration on the hub
+    split: str                          # the split on the hub, if none is named
+    hub: str | None = None              # the set's name on the hub, if it is another one
+    parts: Callable | None = None       # of sets that we split: a list of rows per file -> {part: rows}
 
 
 SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": Set(math, None, "test"),
@@ -52,7 +55,7 @@ SETS |= {f"hicai-zju/SciKnowEval/{domain}": Set(sciknoweval.converter(domain), N
 
 
 def rows(name, *files):
-    """The rows of a set, "NAME" or "NAME:SPLIT", from the hub or from files in the set's own format."""
+    """Return the rows of a set, "NAME" or "NAME:SPLIT", from the hub or from files in the set's format."""
     name, _, split = name.partition(":")
     if not known(name).parts:
         return [row for raw in files or [None] for row in converted(name, split, raw)]
@@ -63,7 +66,7 @@ def rows(name, *files):
 
 
 def parts(name, *files):
-    """{part: rows} of a set that we split: of one file or the hub, or of one file per part."""
+    """Return {part: rows} of a set that we split: from the hub or one file, or from its train and test."""
     if len(files) > 2:
         raise Refused(f"{name} is one file that is split here, or its train and its test file; not "
                          f"{len(files)} files")
@@ -71,13 +74,14 @@ def parts(name, *files):
 
 
 def known(name):
+    """Return the Set of this name; refuse an unknown name."""
     if name not in SETS:
         raise Refused(f"unknown set {name!r}; {nearest(name, SETS)}")
     return SETS[name]
 
 
 def converted(name, split, file=None):
-    """The prompt rows of one file, JSON lines or a JSON list, or of a split on the hub."""
+    """Return the prompt rows of one file, or of a split on the hub; refuse a row in another format."""
     found = []
     for number, row in enumerate(read(file) if file else load(name, split), 1):
         try:
@@ -91,6 +95,7 @@ def converted(name, split, file=None):
 
 
 def read(file):
+    """Return the rows of a file of JSON lines, or of one JSON list."""
     text = Path(file).read_text(encoding="utf-8").strip()
     if text.startswith("["):
         return json.loads(text)
@@ -98,6 +103,7 @@ def read(file):
 
 
 def load(name, split):
+    """Return the rows of a split on the hub; "" means the set's own split."""
     hub, config, default = SETS[name].hub or name, SETS[name].config, SETS[name].split
     try:
         from datasets import load_dataset
@@ -110,7 +116,7 @@ def load(name, split):
 
 
 def write_parts(folder, name, *files):
-    """FOLDER/NAME_PART.jsonl for every part of a set. What is there stays: it may come from --file."""
+    """Write FOLDER/NAME_PART.jsonl for every part of a set, unless all are there: they may be from --file."""
     domain = name.rpartition("/")[2]
     if all((folder / f"{domain}_{part}.jsonl").exists() for part in ("train", "val", "test")):
         return print(f"{folder}/{domain}_*.jsonl are there and stay")
@@ -123,10 +129,12 @@ def write_parts(folder, name, *files):
 
 
 def line(row):
+    """Return a row as a line of JSON."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def main(argv=None):
+    """Convert sets from the command line."""
     parser = argparse.ArgumentParser(prog="data.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME[:SPLIT]", help=", ".join(SETS))
@@ -135,6 +143,7 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help="write all parts of the sets, one file each")
     args = parser.parse_args(argv)
     files = {name: [] for name in args.names}
+    # The last word of a set's name -> the name, as in --file physics=hub.jsonl.
     last = {name.partition(":")[0].rpartition("/")[2]: name for name in args.names}
     try:
         for file in args.file:

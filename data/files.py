@@ -1,4 +1,4 @@
-"""What a run keeps on disk, so that a kill at any moment leaves something that can be continued."""
+"""Files and folders that a kill at any moment leaves in a state from which a run can be resumed."""
 import contextlib
 import json
 import shutil
@@ -8,7 +8,7 @@ from config import Refused
 
 
 def read_lines(path):
-    """Return the objects of a JSON-lines file that a run appends to, less a last line that a kill cut."""
+    """Return the objects of a JSON-lines file that a run appends to, without a last line that a kill cut."""
     lines, out = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line], []
     for number, line in enumerate(lines, 1):
         try:
@@ -28,9 +28,10 @@ def write_file(path, text):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Write a folder beside `path`, then put it in its place: a kill leaves the old one or the new one whole.
+    """Context manager: write a folder beside `path`, then put it in its place.
 
-    Between its two renames the old one is `path`.old; `recover` puts it back.
+    A kill leaves the old folder or the new one whole. Between the two renames the old one is called
+    `path`.old, and `recover` renames it back.
     """
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -44,9 +45,9 @@ def atomic_folder(path):
 
 
 def recover(path, look_only=False):
-    """Undo atomic_folder's first rename where a kill prevented the second. Returns whether there is a folder.
+    """Undo atomic_folder's first rename if a kill prevented the second; return whether there is a folder.
 
-    look_only: say so, but rename nothing.
+    look_only: return the same, but rename nothing.
     """
     old = path.with_name(path.name + ".old")
     if old.exists() and not path.exists() and not look_only:

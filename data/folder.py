@@ -1,4 +1,4 @@
-"""What a run writes: its folder, from which it can go on, and what it says of every step."""
+"""What a run writes: its folder, from which it can be resumed, and the line and record of every step."""
 import json
 import sys
 
@@ -29,13 +29,13 @@ class Folder:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def put_logs_aside(self):
-        """Rename the logs of a run that died before its first checkpoint."""
+        """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.out / name).exists():
                 (self.out / name).replace(self.out / f"{name}.old")
 
     def find_checkpoint(self, look_only=False):
-        """Return the folder to resume from; None: the run died before its first checkpoint."""
+        """Return the folder to resume from; None if the run was killed before its first checkpoint."""
         if recover(self.out / "checkpoint", look_only):
             return self.out / "checkpoint"
         if (self.out / "final").exists():
@@ -44,12 +44,12 @@ class Folder:
         return None
 
     def save(self, learners, state):
-        """Write checkpoint/, everything a restart needs. A kill meanwhile leaves the one before."""
+        """Write checkpoint/, everything that a restart needs. A kill in between leaves the last one."""
         with atomic_folder(self.out / "checkpoint") as folder:
             models.save_learners(learners, folder, state)
 
     def restore(self, learners):
-        """Take learners back to the checkpoint, forget what lost steps wrote, and return the run's state."""
+        """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():
@@ -58,9 +58,9 @@ class Folder:
         return state
 
     def finish(self, students):
-        """Write final/, plain folders that from_pretrained loads, and for an adapter adapter/ beside it.
+        """Write final/, which from_pretrained loads, and of an adapter also adapter/, which peft loads.
 
-        Two students lie in final/1 and final/2.
+        Two students are in final/1 and final/2. Saving final/ merges the adapters, so adapter/ comes first.
         """
         if students[0].adapter:
             with atomic_folder(self.out / "adapter") as folder:
@@ -72,9 +72,10 @@ class Folder:
 # ---- what a run says of a step -----------------------------------------------------------------------------
 
 def rollout_stats(jobs, weights, stats):
-    """Return what the rollouts of some Jobs were like: means over rollouts and over tokens, in nats."""
+    """Return the statistics of some Jobs: means over rollouts, and means over tokens in nats."""
     mean = lambda parts: torch.cat(parts).mean().item() if parts else None
-    distinct = {}                                           # Jobs on the same completions count them once
+    # Jobs on the same completions count them once: the key is the identity of the token ids.
+    distinct = {}
     for job, job_weights in zip(jobs, weights):
         for r, gap_T, w_T in zip(job.rollouts, job.gaps, job_weights):
             distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), job.learner.stops))
@@ -93,7 +94,7 @@ def rollout_stats(jobs, weights, stats):
 
 
 def solved(rollouts):
-    """Return the share of prompts with a correct rollout; None: they have one rollout, or no answer."""
+    """Return the share of prompts with a correct rollout; None if all have one rollout, or some no answer."""
     if any(r.reward is None for r in rollouts):
         return None
     groups = {}
@@ -104,7 +105,7 @@ def solved(rollouts):
 
 
 def step_line(s, loss, total, notes):
-    """Return a step's line: step 12/300 general | rkl 0.41 | gap -0.83 | kept 32/64 | len 18 (3% cut) | .."""
+    """Return a step's line: step 12/300 general | rkl 0.410 | gap .. | kept 32/64 | len 18 (3% cut) | .."""
     parts = [f"step {s['step'] + 1}/{total} {s['branch']}"]
     parts += [f"{loss} {s['value']:.3f}"] if "value" in s else []
     parts += [f"nll {-s['logprob_s']:.3f}"] if loss == "nll" and "logprob_s" in s else []
@@ -120,7 +121,7 @@ def step_line(s, loss, total, notes):
 
 
 def logged_samples(job, weights, count):
-    """Return what samples.jsonl keeps of a Job's first rollouts."""
+    """Yield what samples.jsonl keeps of each of a Job's first `count` rollouts."""
     for r, gap_T, w_T in list(zip(job.rollouts, job.gaps, weights))[:count]:
         yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
                **r.notes, "reward": r.reward, "selected": bool(w_T.any()),
@@ -128,7 +129,7 @@ def logged_samples(job, weights, count):
 
 
 def warn_of_first_step(cfg, stats):
-    """Say what the first step shows of a training that cannot go well."""
+    """Write a note if the first step shows that the training cannot go well."""
     if stats["cut"] > 0.5:
         tqdm.write(f"note: {stats['cut']:.0%} of the first completions did not end within "
                    f"--max_new_tokens {cfg.max_new_tokens}; what lies beyond is never trained")
@@ -138,6 +139,7 @@ def warn_of_first_step(cfg, stats):
 
 
 def process_memory():
-    """Return the GiB of the process at its peak, which on a CPU is all there is to know."""
-    import resource
+    """Return the largest memory of the process so far in GiB: on a CPU torch has no finer measure."""
+    import resource             # here, since not every system has it
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

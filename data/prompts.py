@@ -8,8 +8,8 @@ A prompt file has one JSON object per line:
     grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
     chosen, rejected    completions of which dpo prefers the first                              (optional)
 
-Completions are never rendered: they are token ids from the sampler or from Model.encode_completion, the same
-for student and teacher, whatever each of them saw before them (models.py).
+Only prompts go through a chat template. Completions are token ids, from the sampler or from
+Model.encode_completion (models.py), and the same for student and teacher, whatever prompt each of them saw.
 """
 import json
 from pathlib import Path
@@ -39,19 +39,19 @@ def load_prompts(source, branch):
 
 
 def read_source(source):
-    """Return the lines of a prompt file, or those that a public set would have as one."""
+    """Return the lines of a prompt file, or of a public set in the form of one."""
     if source.partition(":")[0] in convert.SETS:
         return [json.dumps(row) for row in convert.rows(source)]
     if not Path(source).is_file():
         raise Refused(f"no prompt file {source} (public sets that are known: {', '.join(convert.SETS)})")
     try:
-        return Path(source).read_text(encoding="utf-8-sig").split("\n")     # U+2028 does not end a line
+        return Path(source).read_text(encoding="utf-8-sig").split("\n") # splitlines would split at U+2028
     except UnicodeDecodeError as error:
         raise Refused(f"{source} is not UTF-8 text ({error})") from None
 
 
 def parse_row(where, line):
-    """Return a line's row, with a grader if it has an answer; refuse what is no prompt row."""
+    """Return the row on a line, with a grader if it has an answer; refuse what is not a prompt row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -68,12 +68,12 @@ def parse_row(where, line):
 
 
 def is_chat(prompt):
-    """Whether a prompt is a list of chat messages."""
+    """Return whether a prompt is a list of chat messages."""
     return isinstance(prompt, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt)
 
 
 def prompt_text(prompt):
-    """Return one readable text of a prompt, for logs."""
+    """Return a prompt as one readable text, for logs: of chat messages the last one."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]

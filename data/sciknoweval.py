@@ -17,11 +17,13 @@ import numpy
 from config import Refused
 
 VALIDATION = 30
-# of every domain's sorted test prompts in SDPO's files: says whether the hub's set is still in the same order
+# A fingerprint of every domain's sorted test prompts in SDPO's files. The permutation finds the same problems
+# only while the hub's set is in the same order; another fingerprint says that it is not.
 TESTS = {"physics": "890be3c5ed65", "chemistry": "b041d1b1cc79", "material": "35ebf900a537",
          "biology": "b50fdc03bd02"}
 TYPES = ("mcq-4-choices", "mcq-2-choices")
-# word for word that of SDPO's files (two choices get it too): published numbers are of these prompts
+# This is word for word the system message of SDPO's files, where questions with two choices have it too. The
+# published numbers are of these prompts.
 SYSTEM = """
 Given a question and four options, please select the right answer. Respond in the following format:
 <reasoning>
@@ -40,9 +42,9 @@ A
 
 
 def converter(domain):
-    """row -> prompt row, or None where it belongs to another domain, level or type."""
+    """Return the function row -> prompt row, or None for rows of another domain, level or type."""
     def convert(row):
-        if "question" not in row:
+        if "question" not in row:                           # a row of SDPO's files
             return prompt_row(row["system"], row["prompt"], row["answer"])
         if (row["domain"].lower(), row["details"]["level"]) != (domain, "L3") or row["type"] not in TYPES:
             return None
@@ -56,6 +58,7 @@ def converter(domain):
 
 
 def prompt_row(system, prompt, answer):
+    """Return a prompt row (data/prompts.py); refuse an answer that is not the label of a choice."""
     if not answer or f"\n{answer}: " not in prompt:
         raise Refused(f"the answer {answer!r} is no choice's label")
     return {"prompt": [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
@@ -63,10 +66,10 @@ def prompt_row(system, prompt, answer):
 
 
 def splitter(domain):
-    """(all rows) or (SDPO's train rows, its test rows) -> {"train": rows, "val": rows, "test": rows}."""
+    """Return the function (all rows) or (SDPO's train rows, its test rows) -> {part: rows}."""
     def parts(rows, test=None):
         if test is None:
-            order = numpy.random.default_rng(42).permutation(len(rows))     # datasets' train_test_split
+            order = numpy.random.default_rng(42).permutation(len(rows))     # as in datasets' train_test_split
             held = math.ceil(len(rows) / 10)
             test, rows = ([rows[i] for i in some] for some in (order[:held], order[held:]))
         tested = set(map(question, test))
@@ -85,12 +88,15 @@ def splitter(domain):
 
 
 def question(row):
+    """Return the question of a prompt row, which is its user message."""
     return row["prompt"][1]["content"]
 
 
 def digest(text):
+    """Return a text's SHA-256 as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(rows):
+    """Return the first digits of the SHA-256 of all questions, whatever their order."""
     return digest("\n".join(sorted(map(question, rows))))[:12]

@@ -1,4 +1,4 @@
-"""An untrained chat model, like a checkpoint of the hub: it lets you try the whole path without one.
+"""An untrained chat model in the form of a checkpoint of the hub, to try every step of a run without one.
 
     python -m data.scratch OUT --text prompts.jsonl --vocab 8192 --hidden 512 --layers 8
 
@@ -23,9 +23,9 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 def tokenizer(texts, vocab):
     """Return a byte-level BPE with at most `vocab` ids, Qwen's special tokens and CHATML.
 
-    Every text is the same again after it was encoded and decoded.
+    Any text that is encoded and decoded comes back unchanged.
     """
-    # models.py comes first: it keeps transformers from taking our kernels/ for the package of that name.
+    # models.py has to be imported before transformers, which would take our kernels/ for a package of PyPI.
     import models  # noqa: F401
     import tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -53,7 +53,7 @@ ELEMENTS = [x for period in PERIODS for x in period]
 SYMBOL = re.compile(r"[A-Z][a-z]?|.")
 RARE = {"letters": 6, "chemistry": 10}                          # of 104 and of 128 facts
 HIDDEN = {"letters": 2, "chemistry": 3}
-UNTAGGED, WRONG = 0.1, 0.15
+UNTAGGED, WRONG = 0.1, 0.15                                     # shares of feedback, and of notes
 BASE = {"solve": 2, "read": 3, "write": 3}                      # shares of the base's rows, in both branches
 OWN = {"solve": 8, "read": 3, "write": 6}                       # of a specialist's rows in its own branch
 OTHER = {"solve": 2, "read": 4, "write": 1}                     # and in the other branch
@@ -65,7 +65,7 @@ EVALUATION, POOL, TRAINING = 0, 1, 2                            # the three side
 
 
 def relations(order, rows):
-    """Return {(symbol, operation): symbol}: along the order and along the columns, each closed to a ring."""
+    """Return {(symbol, operation): symbol} along the order and along the columns, each closed to a ring."""
     rings = [("next", "back", order)]
     for j in range(max(map(len, rows))):
         rings.append(("down", "up", [row[j] for row in rows if j < len(row)]))
@@ -99,7 +99,7 @@ def first_error(answer, response):
 
 
 def criticism(prompt, answer, response):
-    """Return (concept, feedback) of a tutor who takes `answer` for right."""
+    """Return (concept, feedback) of a tutor who believes that `answer` is right."""
     ops, i = prompt.rstrip(">").split(" ")[1:], first_error(answer, response)
     if i is None:
         return ops[-1], answer
@@ -115,6 +115,7 @@ def reprompt(prompt, solution="", feedback=""):
 
 def side(prompt):
     """Return the side that a prompt is on; it is the same in every run."""
+    # Of eight parts one is for evaluation, one is the pool, and six are for training.
     return min(hashlib.md5(prompt.encode()).digest()[0] % 8, TRAINING)
 
 
@@ -151,7 +152,7 @@ def draw_walk(rng, branch, facts, where, unknown, meets_unknown):
 
     If there are unknown facts, the walk meets one exactly if `meets_unknown`.
     """
-    while True:
+    while True:                                                 # until a walk fits
         start, ops = rng.choice(SYMBOLS[branch]), rng.choices(OPERATIONS, k=STEPS)
         states = walk(facts, start, ops)
         met = not unknown.isdisjoint(zip([start, *states], ops))

@@ -12,8 +12,8 @@ by them, and uses other marks; only the # tells them apart:
     greek       general walks on greek letters, with the same verbs: what the specialist mostly keeps
     uncovered   general walks on elements, with the same verbs: no proxy prompt asks for them
     domain      the domain's walks on letters
-    unmarked    the same without the #, so that nothing tells them from `letters`: what one teacher wants
-                there is wrong to the other
+    unmarked    the same without the #, so that nothing tells them from `letters`: what is right to one
+                teacher is wrong to the other
 
 `python -m data.small_recovery OUT --seed 0` writes an untrained model with its tokenizer (OUT/init) and these
 prompt files:
@@ -36,7 +36,7 @@ from .small_peers import (ELEMENTS, EVALUATION, KEYBOARD, OPERATIONS, PERIODS, P
 from .small_world import LETTERS, main, tokenizer, unsolved, write
 
 STEPS = 8
-PROXY = 8
+PROXY = 8                               # one proxy prompt in so many is on letters
 GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
 FACTS = {"letters": relations(LETTERS, KEYBOARD),
          "greek": relations(GREEK, [GREEK[i:i + 6] for i in range(0, 24, 6)]),
@@ -50,7 +50,7 @@ def draw(rng, family, where=TRAINING):
     """Return one row (data/prompts.py) of a family, from one of the three sides."""
     facts = FACTS[family]
     symbols = sorted({symbol for symbol, _ in facts})
-    while True:
+    while True:                                                 # until the prompt is on this side
         start, ops = rng.choice(symbols), rng.choices(OPERATIONS, k=STEPS)
         prompt = "# " * (family == "domain") + " ".join([start, *ops]) + ">"
         if side(prompt) == where:

@@ -20,8 +20,9 @@ prompt files:
                        the few of these prompts that have a solution: prompts are cheap, references are not
     eval_covered.jsonl, eval_uncovered.jsonl, eval_domain.jsonl
 
-Evaluation prompts are held out by a hash of the prompt: none of them is in a training file. The exception are
-the closed sets of facts (FACTS: `what`, and the neighbours of single elements), where the fact is the skill.
+Evaluation prompts are held out by a hash of the prompt: none of them is in a training file. The exceptions
+are the closed sets of facts (FACTS: `what`, and the neighbours of single elements): there the fact is the
+skill.
 """
 import argparse
 import hashlib
@@ -145,7 +146,7 @@ def rows(rng, branch, verbs, count, evaluation=False):
 
 def tokenizer(words=tuple(VERBS), symbols="", marks=" >+="):
     """Return a tokenizer with one token for every word, and otherwise for every symbol or character."""
-    # models.py comes first: it keeps transformers from taking our kernels/ for the package of that name.
+    # models.py has to be imported before transformers, which would take our kernels/ for a package of PyPI.
     import models  # noqa: F401
     import tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -6,9 +6,9 @@ with p = softmax(hidden_s @ head_s.T / temperature) and q the target made of the
 gradients (hidden states and head) are computed in the forward pass, chunk by chunk, while the logits exist,
 and only scaled in backward.
 
-All backends have one result: "triton" on GPUs and "torch" everywhere are the loop of chunked.py with the row
-step of rows_triton.py or rows_torch.py; "dense", the oracle, is plain autograd on whole logits. README.md is
-the manual, with measurements.
+All backends compute the same. "triton" (on GPUs) and "torch" (everywhere) are the loop of chunked.py with the
+row step of rows_triton.py or rows_torch.py. "dense", the oracle, is plain autograd on whole logits: the tests
+compare the others with it. README.md is the manual, with measurements.
 """
 import importlib.util
 import math
@@ -48,8 +48,8 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
 
     Returns (loss, stats): loss a float32 scalar (float64 for float64 input); stats a dict of detached [N]
     tensors of softmax(logits / temperature): value, entropy_s, entropy_t (nats), top1_agree, and with labels
-    logprob_s, logprob_t; the _t entries describe the target. They are float32, so a value is exact to about
-    1e-6 nats however small it is; ties of top1_agree may go either way. Tokens whose weights are both 0 are
+    logprob_s, logprob_t; the _t entries describe the target. They are float32, so a value is off by about
+    1e-6 nats, however small it is; ties of top1_agree may go either way. Tokens whose weights are both 0 are
     skipped, whatever their label, and read 0 in stats.
     """
     _, knob = lookup(divergence, knob)
@@ -64,8 +64,8 @@ def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1
                    chunk_bytes=None, backend=None):
     """Return sum_n weight_n * -log p(y_n), for maximum likelihood, policy gradients, DPO.
 
-    Arguments as in linear_divergence. Returns (loss, stats) with stats logprob_s, entropy_s. Under
-    torch.no_grad it is the cheap way to score tokens.
+    The arguments are those of linear_divergence. Returns (loss, stats); stats has logprob_s and entropy_s.
+    Under torch.no_grad this is the cheap way to score tokens.
     """
     return _loss(hidden_NH, head_VH, None, None, None, labels_N, weight_N, backend, temperature=temperature,
                  vocab=vocab, softcap_s=softcap, chunk_bytes=chunk_bytes)
@@ -73,6 +73,7 @@ def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1
 
 def _loss(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, backend, *, divergence=None,
           vocab=None, softcap_s=None, softcap_t=None, **scalars):
+    """Check the arguments, fill in their defaults, and compute (loss, stats) by the chosen backend."""
     sizes = _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight,
                            teacher=divergence is not None)
     shared = min(sizes["V"], sizes.get("V'", sizes["V"]))
@@ -120,13 +121,15 @@ def _check_tensors(hidden_s, head_s, hidden_t, head_t, weight, labels, label_wei
                              f"with {', '.join(f'{letter} = {n}' for letter, n in sizes.items())}")
         if name == "labels_N" and (x.is_floating_point() or x.dtype == torch.bool):
             raise ValueError(f"labels_N is {x.dtype}, but labels are integers")
-        if "_s_" in name or "_t_" in name:      # normalised weights make gradients that underflow in float16
+        # Per-token weights are small, about 1 / N, and so are gradients: in float16 they would underflow.
+        if "_s_" in name or "_t_" in name:
             if not x.is_floating_point() or x.dtype == torch.float16:
                 raise ValueError(f"{name} is {x.dtype}; use bfloat16, float32 or float64")
     return sizes
 
 
 def _check_scalars(*, vocab, shared, temperature, chunk_bytes, target=(1.0, 0.0), **others):
+    """Refuse scalar arguments that are out of range."""
     for name, x, most in (("vocab", vocab, shared), ("chunk_bytes", chunk_bytes, math.inf)):
         if x is not None and not (isinstance(x, int) and 1 <= x <= most):
             raise ValueError(f"{name} {x} is not a whole number between 1 and {most}")
@@ -152,6 +155,8 @@ def _choose(backend, hidden, name):
 
 
 class _Fused(torch.autograd.Function):
+    """The fused loss for autograd: forward computes the gradients too, and backward only scales them."""
+
     @staticmethod
     def forward(ctx, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spec, rows, grad):
         dX, dW = (grad and need for need in ctx.needs_input_grad[:2])
@@ -167,7 +172,8 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, *_):
         dX, dW = ctx.saved_tensors
-        if not (upstream.is_cpu and upstream == 1):             # the usual case, and a pass over the head
+        # The usual factor is 1, which saves a pass over the head's gradient. On a GPU only the kernel looks.
+        if not (upstream.is_cpu and upstream == 1):
             if _again():
                 dX, dW = (g if g is None else g.clone() for g in (dX, dW))
             for g in (dX, dW):
@@ -178,6 +184,7 @@ class _Fused(torch.autograd.Function):
 
 def _again():
     """Return whether a later backward pass may want the saved gradients as they are."""
+    # torch knows it from retain_graph; a version that does not say may want them.
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is None or kept()
 

@@ -44,8 +44,8 @@ class Spec:
 def used_rows(weight, label_weight, labels, vocab):
     """Return the indices of tokens that any weight keeps, or None for all of them.
 
-    The others get no work, exact zeros and no statistics. Labels of the kept ones that are not within the
-    vocabulary are refused. The host waits for the GPU here, once in a call.
+    The other tokens cost nothing; their gradients and statistics are exact zeros. A kept token with a label
+    outside the vocabulary is refused. The host waits for the GPU here, once in a call.
     """
     kept, *more = [w != 0 for w in (weight, label_weight) if w is not None]
     kept = kept | more[0] if more else kept
@@ -58,7 +58,7 @@ def used_rows(weight, label_weight, labels, vocab):
 
 
 def weighted(stats, weight, label_weight):
-    """Return the loss: the value and the label term of every token by their weights."""
+    """Return the loss: the weighted sum of the values and of the label terms of all tokens."""
     loss = 0.0
     if weight is not None:
         loss = loss + (weight * stats["value"]).sum()
@@ -80,7 +80,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
     if head_t is not None:
         hidden_t, head_t = hidden_t.detach(), first_rows(head_t.detach(), columns, hidden_t.dtype)
     dW = torch.zeros(max(rows, columns), Hs, dtype=work, device=device) if need_dW else None
-    used = used_rows(weight, label_weight, labels, V)           # what is above keeps a GPU busy meanwhile
+    used = used_rows(weight, label_weight, labels, V)           # the lines above keep a GPU busy meanwhile
     if used is not None:
         hidden_s, hidden_t, weight, labels, label_weight = (
             x if x is None else x[used] for x in (hidden_s, hidden_t, weight, labels, label_weight))
@@ -90,7 +90,7 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
     count = len(hidden_s)
     chunk = rows_per_chunk(count, budget // (buffers * width * work.itemsize))
     z_buffer, *w_buffer = (workspace(i, (chunk, width), work, device) for i in range(buffers))
-    names, room = spec.stats(labels), -(-count // ALIGN) * ALIGN        # aligned, or Triton compiles again
+    names, room = spec.stats(labels), -(-count // ALIGN) * ALIGN        # else Triton compiles again
     stats = dict(zip(names, torch.zeros(len(names), room, dtype=work, device=device)[:, :count]))
     dX = torch.empty_like(hidden_s) if need_dX else None
 
@@ -115,9 +115,10 @@ def run(fill, hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, 
 
 
 def first_rows(head, rows, dtype):
-    """Return the first rows of a head in `dtype`, with zeros where it has fewer.
+    """Return the first `rows` rows of a head in `dtype`, with rows of zeros where it has fewer.
 
-    Rows behind the vocabulary, if it has them, meet gradients of exactly 0 and must be finite.
+    Rows behind the vocabulary, if there are any, are multiplied by gradients of exactly 0, so they must be
+    finite.
     """
     if len(head) >= rows:
         return head[:rows].to(dtype)
@@ -127,7 +128,7 @@ def first_rows(head, rows, dtype):
 
 
 def rows_per_chunk(rows, most):
-    """Return the rows of a chunk, at most `most`: whole tiles where they fit, no small rest at the end."""
+    """Return the rows of a chunk, at most `most`: whole tiles if they fit, and no small last chunk."""
     if rows <= most or most < TILE:
         return max(1, min(rows, most))
     most -= most % TILE
@@ -135,7 +136,7 @@ def rows_per_chunk(rows, most):
     return min(most, -(-equal // TILE) * TILE)
 
 
-_held = threading.local()
+_held = threading.local()                               # (number, dtype) -> memory, of every thread its own
 
 
 def workspace(number, shape, dtype, device):
@@ -149,7 +150,10 @@ def workspace(number, shape, dtype, device):
 
 
 def product(hidden, head, buffer):
-    """Put hidden @ head.T into the buffer. In bf16 it would cost 6-19% of the gradient near convergence."""
+    """Return hidden @ head.T, written into the buffer and in its dtype.
+
+    Logits rounded to bfloat16 would change the gradient near convergence by 6-19%.
+    """
     out = buffer[:len(hidden), :len(head)]
     if hidden.dtype == out.dtype:
         return torch.mm(hidden, head.T, out=out)

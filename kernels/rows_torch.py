@@ -12,7 +12,8 @@ BLOCK = {"cpu": 200_000, "gpu": 1 << 24}        # logits per block of rows
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     """Fill `stats` (name -> [C]) from logits z and w (None: no teacher), and overwrite both.
 
-    With `grad`, return dLoss/dz_CV in `dtype`. Columns behind spec.vocab are no logits: their gradient is 0.
+    With `grad`, return dLoss/dz_CV in `dtype`, and None otherwise. Columns behind spec.vocab are no logits:
+    their gradient is 0.
     """
     C, V = len(z_CV), spec.vocab
     step = max(1, BLOCK["cpu" if z_CV.device.type == "cpu" else "gpu"] // V)
@@ -34,7 +35,7 @@ def scale(gradient, factor):
 
 def block(z, w, weight, labels, label_weight, stats, spec, grad):
     """Do the row step on a few rows: fill `stats`, and turn z into its gradient if `grad`."""
-    whose, _, form = spec.support.partition("_")
+    whose, _, form = spec.support.partition("_")        # "student_tail" -> student, tail; "full" has no form
     y, dz, keep = None if labels is None else labels[:, None], None, None
     bend = capped(z, spec.softcap_s, spec.temperature)
     if w is not None:
@@ -54,7 +55,7 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
         stats["top1_agree"].copy_(lp.gather(1, lq.argmax(-1, keepdim=True))[:, 0] == lp.amax(-1))
         if labels is not None:
             stats["logprob_t"].copy_(lq.gather(1, y)[:, 0])
-        among = p                                               # the student, among the entries that count
+        among = p                                               # the student's, over the entries that count
         if form == "renorm":
             lp, lq = (torch.log_softmax(restrict(x, keep), -1) for x in (lp, lq))
             among, q, keep = lp.exp(), lq.exp(), None

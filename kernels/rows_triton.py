@@ -2,9 +2,8 @@
 
 One program works on one row of logits, and sweeps over the vocabulary in blocks:
 
-    1  for both log-partition functions, both entropies, and in the KL family for the two KLs themselves
-    2  for the value and the sum of the slopes, where they need normalised log-probabilities (not in the KL
-       family)
+    1  to sum both log-partition functions, both entropies, and in the KL family the KLs themselves
+    2  to sum the value and the slopes where these need normalised log-probabilities (not in the KL family)
     3  to write the gradient weight * (slope - p * sum(slope)) / temperature in place of the student's logits
 
 Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
@@ -123,9 +122,9 @@ KL_FAMILY = {"fkl": (True, False), "rkl": (False, True), "jeffreys": (True, True
 
 @triton.jit
 def seen(x, softcap, per_temperature):
-    """Return a logit as the loss sees it. A NaN stays one."""
+    """Return a logit as the loss sees it: capped, floored, over the temperature. A NaN stays one."""
     if softcap is not None:
-        x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
+        x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)     # tanh(y) = 2 sigmoid(2 y) - 1
     return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL) * per_temperature
 
 
@@ -138,7 +137,7 @@ def logits(ptr, columns, V, stride, softcap, per_temperature):
 
 @triton.jit
 def shifted(x, m):
-    """Return new maximum, how far it moved, x - maximum, its exponential, the factor for older sums."""
+    """Return the new maximum, old minus new, u = x - new, e^u, and the factor that rescales older sums."""
     new = tl.maximum(m, tl.max(x, 0))
     u = x - new
     return new, m - new, u, tl.exp(u), tl.exp(m - new)
@@ -147,7 +146,7 @@ def shifted(x, m):
 @triton.jit
 def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_slope,
           FORMULA: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
-    """Return value, slope, p, lp, whether the entry counts; lp = z - m_z - norm_z among those that do."""
+    """Return the value, the slope, p, lp and whether the entry counts; p and lp are among those that do."""
     keep = columns < V
     if FORM != "full":
         keep = keep & ((z if BY_STUDENT else t) >= threshold)
@@ -300,7 +299,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
 
 
 def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
-    """Do what rows_torch.fill does, in one kernel. The logits are float32 buffers of equal row strides."""
+    """Do what rows_torch.fill does, in one kernel. Both logits are float32 buffers of the same row stride."""
     (C, columns), V = z_CV.shape, spec.vocab
     dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :columns]
     whose, _, form = spec.support.partition("_")
@@ -328,7 +327,7 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
 def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
     """Multiply `count` numbers by a factor that is on the GPU."""
     factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1:                                     # the usual case costs a launch, not a pass
+    if factor != 1:                                     # usually it is 1: a launch then, but no pass
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, programs * BLOCK):
             at = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + at, mask=at < count).to(tl.float32)
@@ -336,7 +335,7 @@ def scale_kernel(x_ptr, factor_ptr, count, programs, BLOCK: tl.constexpr):
 
 
 def scale(gradient, factor):
-    """Do what rows_torch.scale does to a contiguous tensor. The host never looks at the factor."""
+    """Do what rows_torch.scale does to a contiguous tensor. The host does not wait for the factor."""
     programs = min(1024, triton.cdiv(gradient.numel(), 1024)) or 1
     with torch.cuda.device_of(gradient):
         scale_kernel[(programs,)](gradient, factor, gradient.numel(), programs, BLOCK=1024)

@@ -75,7 +75,7 @@ def rollouts_per_branch(cfg):
 
 
 def measure(run, rollouts, parameters, total, gradients):
-    """Return what is Measured of one branch. total: the rollouts of all branches together."""
+    """Return the Measured of one branch. total: the number of rollouts of all branches together."""
     [job] = run.route(rollouts)
     run.score([job])
     halves = [half(job, 0), half(job, 1)]
@@ -110,14 +110,14 @@ def weigh_one(job, chosen):
 
 
 def half(job, first):
-    """Return a Job on every second rollout of a scored one. first: 0 or 1, the rollout to begin with."""
+    """Return a Job with every second rollout of a scored Job. first: 0 or 1, the rollout to begin with."""
     states = job.hidden_t and job.hidden_t[first::2]            # None where the loss needs no states
     return replace(job, rollouts=job.rollouts[first::2], lp=job.lp[first::2], lq=job.lq[first::2],
                    hidden_t=states)
 
 
 def watched(student, layers):
-    """Return the parameters that learn, of the last `layers` layers; 0 means those of the whole network."""
+    """Return the learning parameters of the last `layers` layers; 0 means those of the whole network."""
     if not layers:
         return [p for p in student.net.parameters() if p.requires_grad]
     count = student.config.num_hidden_layers
@@ -344,7 +344,7 @@ def trial_steps(student, parameters, directions, gradients, lr, clip):
 
 
 def trial_step(optimizer, group, parameter, gradient, lr):
-    """Return the change of one parameter in a step of a copy of its optimizer, without momentum and decay."""
+    """Return a parameter's change in a step of a copy of its optimizer, without momentum and weight decay."""
     twin = parameter.detach().clone()
     twin.grad = gradient.to(twin.dtype)
     options = group | {"params": [twin], "lr": lr, "weight_decay": 0.0}

@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 class Live(TorchDispatchMode):
-    """A context that counts the bytes of the tensors made in it that are still alive, and their peak.
+    """Context manager: count the bytes of the tensors made in it that are still alive, and their peak.
 
     known: tensors that were there before, whose views are not new.
     """
@@ -194,7 +194,7 @@ def always(size):
 
 
 def memory(run):
-    """Return {part: {phase: bytes}} on the student's device, where prompts and completions have full length.
+    """Return {part: {phase: bytes}} on the student's device if all prompts and completions have full length.
 
     The phases are the loop's, and evaluation belongs to "sample". The student samples: what a teacher or a
     tutor takes while it writes (seqkd, opcod) is not counted there.
@@ -207,7 +207,7 @@ def memory(run):
 
 
 def teachers_compute_here(cfg):
-    """Whether the teachers compute on the student's device."""
+    """Return whether the teachers compute on the student's device."""
     return cfg.teacher_device != "cpu" or cfg.device == "cpu"
 
 
@@ -282,16 +282,16 @@ def diagnosis_bytes(run):
     cfg, branches = run.cfg, len(run.branches)
     one = 4 * sum(p.numel() for p in watched(run.student, cfg.diagnose_layers))
     rollouts = min(one * branches * rollouts_per_branch(cfg), LARGEST)
-    return one * (4 * branches + 2) + rollouts      # of a branch two halves, plain and as the method weighs
+    return one * (4 * branches + 2) + rollouts      # of a branch two halves, plain and weighted
 
 
 def simulation(bytes_of):
-    """Mark a function that runs a model on fake tensors; where the model cannot, the answer is UNKNOWN."""
+    """Decorate a function that runs a model on fake tensors: return UNKNOWN where the model cannot."""
     @functools.wraps(bytes_of)
     def call(*args):
         try:
             return bytes_of(*args)
-        except Exception:                       # each layer that needs values fails in its own way
+        except Exception:                       # layers that need values fail in many ways
             return UNKNOWN
     return call
 

@@ -1,5 +1,5 @@
-# Sourced by the project's commands with $root set: sets $PYTHON, and makes .venv when no Python here will do.
-# An active environment that has everything is used as it is; nothing is then installed or downloaded.
+# The project's commands source this with $root set. It sets $PYTHON, and makes .venv if no Python here fits.
+# An active environment that has everything is used as it is; then nothing is installed or downloaded.
 needs="import matplotlib, numpy, pytest, tqdm, torch, torch.optim, transformers
 from packaging.version import parse
 assert hasattr(torch.optim, 'Muon') and parse(transformers.__version__) >= parse('5.17')

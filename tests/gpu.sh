@@ -2,18 +2,18 @@
 # Everything that needs a GPU, what matters most first, in at most eight minutes:
 #
 #   bash tests/gpu.sh OUT [check] [tests] [bench] [decode] [real] [small]       all but small without a name
-#   DEVICE=cpu bash tests/gpu.sh OUT [parts]                                    the same in small: does it run?
+#   DEVICE=cpu bash tests/gpu.sh OUT [parts]                                    a small form: does it run?
 #
-#   check   is the fused loss right at real size; the card's ceilings, the speed of each matrix product
+#   check   whether the fused loss is right at real size; the card's limits, each matrix product's speed
 #   tests   the tests that use the device
 #   bench   bench.md bench.json bench.png: the row kernel, the fused loss against its floor and its peers
 #   decode  milliseconds per sampled token: generate, and a step in a CUDA graph (tests/decode.py)
 #   real    real_size.md real_size.json: steps of Qwen3-0.6B and 4B, memory beside its prediction
 #   small   the small world in short form, four more minutes
 #
-# All text goes to log.txt as it comes, one line per part to summary.txt: at most 7 files. Every part has a limit
-# of its own, and one that fails or hangs does not stop the next. Uses the python3 that is there (PYTHON=...),
-# installs and downloads nothing.
+# All text goes to log.txt as it comes, and one line per part to summary.txt; OUT gets at most 7 files. Every
+# part has its own time limit, and one that fails or hangs does not stop the next. The script uses the python3
+# that is there (or PYTHON=...), and installs and downloads nothing.
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: bash tests/gpu.sh OUT [check] [tests] [bench] [decode] [real] [small]}" && cd "$1" && pwd)" || exit 1
 shift

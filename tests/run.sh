@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests: bash tests/run.sh [pytest arguments]. Sets up .venv when it is missing.
+# Run the tests: bash tests/run.sh [pytest arguments]. It makes .venv if that is needed (env.sh).
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 source "$root/tests/env.sh"
