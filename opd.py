@@ -106,12 +106,6 @@ def score(job, gaps, micro_tokens):
         job.lp, job.lq = lp, lq
 
 
-def put(values, places, new):
-    """Put new values in their places of a list."""
-    for i, value in zip(places, new, strict=True):
-        values[i] = value
-
-
 def weigh(jobs):
     """Return the weight of every token: for each Job a list with one tensor [T] per rollout.
 
@@ -130,26 +124,6 @@ def weigh(jobs):
             length = len(w_T) if job.tokens == "mean" else 1
             job_weights[i] = w_T / (length * counts[job.learner])
     return weights
-
-
-def rollout_counts(jobs, weights):
-    """Return {learner: what its loss is divided by}: its rollouts that have a weight, or what its Jobs count.
-
-    A completion is known by its tensor of ids: several Jobs may hold it, and it counts once.
-    """
-    kept, counted = {}, {}                  # learner -> completions; learner -> {completions: Job.count}
-    for job, job_weights in zip(jobs, weights):
-        kept.setdefault(job.learner, set())
-        counted.setdefault(job.learner, {})
-        if job.count is None:
-            kept[job.learner] |= {id(r.ids_T) for r, w_T in zip(job.rollouts, job_weights) if w_T.any()}
-        else:
-            counted[job.learner][frozenset(id(r.ids_T) for r in job.rollouts)] = job.count
-    out = {}
-    for learner in kept:
-        covered = set().union(*counted[learner])            # what a Job counts is not counted again
-        out[learner] = max(len(kept[learner] - covered) + sum(counted[learner].values()), 1)
-    return out
 
 
 def backward(run, job, weights):
@@ -185,51 +159,6 @@ def backward(run, job, weights):
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
 
 
-@torch.no_grad()
-def correction(job, group, hidden_NH):
-    """Return the factor of the tokens' weights that depends on the sampler: 1, or a tensor [N].
-
-    For pg it is the advantage with its importance weight. Elsewhere, with a cap, it is the importance weight
-    of the sampled rollouts; fixed data was not sampled.
-    """
-    objective, rollouts = job.objective, [job.rollouts[i] for i in group]
-    if objective.label == "pg":
-        assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
-        return torch.cat([policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
-                                                 objective.importance) for i in group])
-    if not objective.cap or all(r.logp_T is None for r in rollouts):
-        return 1
-    lps = job.learner.token_log_probs(hidden_NH, [r.ids_T for r in rollouts], objective.temperature)
-    return torch.cat([torch.ones_like(lp_T) if r.logp_T is None else
-                      truncated_importance(lp_T, r.logp_T, objective.cap) for lp_T, r in zip(lps, rollouts)])
-
-
-def gap_is_free(run, objective, weights):
-    """Whether the loss computes log p(y) and log q(y) of all tokens anyway: a divergence from the teacher.
-
-    taid and veto end at the teacher, but in their last step only. Tokens without a weight are skipped.
-    """
-    plain = objective.divergence and objective.target == (1.0, 0.0) and run.cfg.target == "teacher"
-    return bool(plain) and all(w_T.all() for w_T in weights)
-
-
-def note_gap(job, group, stats):
-    """Keep log p(y) and log q(y) of some rollouts, from the statistics of the loss."""
-    if job.lp is None:
-        job.lp, job.lq = [None] * len(job.rollouts), [None] * len(job.rollouts)
-    lengths = [len(job.rollouts[i].ids_T) for i in group]
-    put(job.lp, group, stats["logprob_s"].split(lengths))
-    put(job.lq, group, stats["logprob_t"].split(lengths))
-
-
-def learning_rate(cfg, step):
-    """Return the learning rate: a linear warm-up, then constant, or down to 0 linearly or as a cosine."""
-    done = step / cfg.steps
-    shape = {"constant": 1.0, "linear": 1 - done,
-             "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
-    return cfg.lr * shape * min(1.0, (step + 1) / max(cfg.warmup, 1))
-
-
 def update(run, jobs, weights):
     """Add up the gradients of all Jobs, make one step of every learner, and return the step's statistics."""
     cfg, step, norm = run.cfg, run.state["step"], 0.0
@@ -258,6 +187,80 @@ def update(run, jobs, weights):
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
             **rollout_stats(jobs, weights, stats), **({"branches": by_job} if len(jobs) > 1 else {})}
+
+
+# ---- what score, weigh, backward and update need -----------------------------------------------------------
+
+def put(values, places, new):
+    """Put new values in their places of a list."""
+    for i, value in zip(places, new, strict=True):
+        values[i] = value
+
+
+def rollout_counts(jobs, weights):
+    """Return {learner: what its loss is divided by}: its rollouts that have a weight, or what its Jobs count.
+
+    A completion is known by its tensor of ids: several Jobs may hold it, and it counts once.
+    """
+    kept, counted = {}, {}                  # learner -> completions; learner -> {completions: Job.count}
+    for job, job_weights in zip(jobs, weights):
+        kept.setdefault(job.learner, set())
+        counted.setdefault(job.learner, {})
+        if job.count is None:
+            kept[job.learner] |= {id(r.ids_T) for r, w_T in zip(job.rollouts, job_weights) if w_T.any()}
+        else:
+            counted[job.learner][frozenset(id(r.ids_T) for r in job.rollouts)] = job.count
+    out = {}
+    for learner in kept:
+        covered = set().union(*counted[learner])            # in grpo and dpo the Job says what it counts
+        out[learner] = max(len(kept[learner] - covered) + sum(counted[learner].values()), 1)
+    return out
+
+
+@torch.no_grad()
+def correction(job, group, hidden_NH):
+    """Return the factor of the tokens' weights that depends on the sampler: 1, or a tensor [N].
+
+    For pg it is the advantage with its importance weight. Elsewhere, with a cap, it is the importance weight
+    of the sampled rollouts; fixed data was not sampled.
+    """
+    objective, rollouts = job.objective, [job.rollouts[i] for i in group]
+    if objective.label == "pg":
+        assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
+        return torch.cat([policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
+                                                 objective.importance) for i in group])
+    if not objective.cap or all(r.logp_T is None for r in rollouts):
+        return 1
+    lps = job.learner.token_log_probs(hidden_NH, [r.ids_T for r in rollouts], objective.temperature)
+    return torch.cat([torch.ones_like(lp_T) if r.logp_T is None else
+                      truncated_importance(lp_T, r.logp_T, objective.cap) for lp_T, r in zip(lps, rollouts)])
+
+
+def gap_is_free(run, objective, weights):
+    """Whether the loss computes log p(y) and log q(y) of all tokens anyway: a divergence from the teacher.
+
+    With taid and veto only the last step would qualify; it does not, so that all steps show the same numbers.
+    Tokens without a weight are skipped.
+    """
+    plain = objective.divergence and objective.target == (1.0, 0.0) and run.cfg.target == "teacher"
+    return bool(plain) and all(w_T.all() for w_T in weights)
+
+
+def note_gap(job, group, stats):
+    """Keep log p(y) and log q(y) of some rollouts, from the statistics of the loss."""
+    if job.lp is None:
+        job.lp, job.lq = [None] * len(job.rollouts), [None] * len(job.rollouts)
+    lengths = [len(job.rollouts[i].ids_T) for i in group]
+    put(job.lp, group, stats["logprob_s"].split(lengths))
+    put(job.lq, group, stats["logprob_t"].split(lengths))
+
+
+def learning_rate(cfg, step):
+    """Return the learning rate: a linear warm-up, then constant, or down to 0 linearly or as a cosine."""
+    done = step / cfg.steps
+    shape = {"constant": 1.0, "linear": 1 - done,
+             "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
+    return cfg.lr * shape * min(1.0, (step + 1) / max(cfg.warmup, 1))
 
 
 def gradients(run, job, parameters, weights=None):
@@ -453,13 +456,14 @@ class Run:
                 jobs = next(method, None)                       # the method goes on up to its next yield
                 if jobs is None:
                     return
+                assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
-                assert jobs, f"--method {self.cfg.method} yielded no rollouts"
+                assert jobs, f"{self.cfg.method} has yielded no rollouts"
                 yield jobs
                 progress.update()
 
     def steps(self):
-        """Yield the number of every step still to do. What a method yields counts as one step."""
+        """Yield the number of every step still to do. A step is done when the method has yielded its Jobs."""
         while self.state["step"] < self.total:
             yield self.state["step"]
 

@@ -410,6 +410,9 @@ def run_seed(recipe, folder, seed, form, threads, stop):
         if not stop.is_set() and not (ROOT / folder / row / "final").exists():
             run_child(["opd.py", *arguments(recipe, row, folder, seed, quick)], row, folder, threads,
                       f"({number}/{len(recipe.rows)})")
+            if found := tables.read_finished(ROOT / folder / row):
+                scores = [f"{name} {100 * score:.1f}" for name, score in found[1][-1][1].items()]
+                print(f"{folder.name}: {row} in %: {', '.join(scores)}", flush=True)
 
 
 def arguments(recipe, row, folder, seed, quick):

@@ -156,13 +156,16 @@ def about_accuracy(config):
 
 
 def change_tables(steps):
-    """Return a table of the changes during training; of two students, one for each under a heading."""
+    """Return a table of the changes during training, one for each student and for branches in turn."""
     blocks = []
     for tutee in sorted({step.get("tutee", 0) for step in steps}):
         own = [step for step in steps if step.get("tutee", 0) == tutee]
-        if tutee:
-            blocks.append(f"Student {tutee}, {len(own)} steps:")
-        blocks.append(change_table(own))
+        for branch in dict.fromkeys(step["branch"] for step in own):        # steps may alternate
+            some = [step for step in own if step["branch"] == branch]
+            titles = [f"Student {tutee}"] * bool(tutee) + [branch] * (len(some) < len(own))
+            if titles:
+                blocks.append(f"{', '.join(titles)}, {len(some)} steps:")
+            blocks.append(change_table(some))
     return blocks
 
 

@@ -19,22 +19,29 @@ What a method may use of the run:
     run.self_teacher(student)           a student as its own teacher; run.refresh(it) renews it
     run.branches, run.prompts, run.shares   names and rows of the prompts, and how many of each are in a batch
     run.draw(branch, ..)                the next prompts
-    run.sample(model, prompts)          rollouts of a model, graded where the prompt has an answer
-    run.references(prompts)             texts of the prompt file as Rollouts
+    run.sample(model, prompts, n)       rollouts of a model, graded where the prompt has an answer; also with
+                                        temperature= and top_p=
+    run.references(prompts)             the `solution`s as Rollouts; needs=("solution",) in @method
     run.fixed(prompt, ids, text)        other fixed data as a Rollout
     run.complete(model, prompts)        what a model writes after lists of token ids, ungraded
     run.route(rollouts)                 one Job per branch, each with its teacher
     run.score(jobs)                     the teachers read: fills lp, lq, and so the gaps
     run.objective                       this step's objective
     run.memory, run.once(key, make)     what survives a restart
-    run.notes                           further values for this step's line of metrics.jsonl
+    run.notes                           further values for this step's line of metrics.jsonl, numbers also for
+                                        the line on the screen
     run.without_side_effects()          for measurements; run.mean_rewards(model, sets, n) is one
     run.train_only(student)             with two students: the other one may leave the GPU
     run.fits(ids, n), run.timed(part)   room in the models' positions; seconds of a part of the step
     run.templates, run.gate_prompts     of --templates and --val_prompts
     run.cfg, run.state["step"]          every setting; the number of the step
 
-and of a model, to probe it: encode, decode, generate, hidden_states, log_probs (models.py).
+and of a model, to probe it (models.py): encode, decode, generate, hidden_states, and log_probs, as in
+
+    completions = [r.ids_T for r in rollouts]
+    run.student.log_probs([r.prompt_ids for r in rollouts], completions, run.cfg.micro_tokens)
+    with teacher.on_device():
+        teacher.log_probs([r.teacher_ids for r in rollouts], completions, run.cfg.micro_tokens)
 """
 import importlib
 import inspect
@@ -46,7 +53,8 @@ from typing import Any
 
 import torch
 
-from losses import DIVERGENCES, Objective
+from config import GENERAL
+from losses import DIVERGENCES, LOSSES, Objective
 
 
 @dataclass(eq=False)
@@ -177,12 +185,27 @@ def method(losses, *, defaults=None, **facts):
         own = {name: OwnFlag(p.default, p.annotation, help_of(generator, name))
                for name, p in inspect.signature(generator, eval_str=True).parameters.items()
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        for name, flag in own.items():
-            assert flag.type is not inspect.Parameter.empty, f"{generator.__name__}'s {name} has no type"
+        check_registration(generator, losses, own, defaults or {})
         every = {name: flag.default for name, flag in own.items()} | (defaults or {})
         METHODS[generator.__name__] = Method(generator, losses, own, every, **facts)
         return generator
     return register
+
+
+def check_registration(generator, losses, own, defaults):
+    """Refuse a method whose decorator or signature cannot mean what its author meant."""
+    who = f"method {generator.__name__}"
+    positional = [p for p in inspect.signature(generator).parameters.values()
+                  if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert len(positional) == 1, f"{who}: its flags stand behind a *, as in (run, *, share: SHARE = 0.5)"
+    assert isinstance(losses, tuple) and set(losses) <= LOSSES.keys(), f"{who}: losses are names in LOSSES"
+    assert defaults.keys() <= GENERAL.keys(), f"{who}: defaults are of general flags (config.py)"
+    for name, flag in own.items():
+        assert name not in GENERAL, f"{who}: {name} is a general flag; its default goes into defaults"
+        assert flag.type is not inspect.Parameter.empty, f"{who}: {name} has no type"
+        for other, method in METHODS.items():
+            same = name not in method.own or method.own[name].type is flag.type
+            assert same or other == generator.__name__, f"{who}: {name} is a flag of {other}, of another type"
 
 
 def help_of(generator, name):

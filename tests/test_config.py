@@ -583,7 +583,7 @@ def test_every_python_block_of_the_readme_runs():
     assert blocks("python")
     before = dict(METHODS)
     for block in blocks("python"):
-        exec(block, vars(methods) | vars(opd) | known)
+        exec(block, vars(opd) | vars(methods) | known)
     METHODS.clear()                                             # a block may have registered a method
     METHODS.update(before)
 
@@ -643,6 +643,10 @@ def modified(tmp_path_factory):
     """A copy of the project with all diffs of the README, what they add: {path: text}, and its --help."""
     copy, added = tmp_path_factory.mktemp("readme") / "opd", {}
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    for block in blocks("python"):
+        if found := re.match(r"# (methods/\w+\.py)\n(?=.*^@method)", block, re.M | re.S):
+            (copy / found[1]).write_text(block)
+            added[found[1]] = block
     for diff in blocks("diff"):
         for path, places in changes(diff).items():
             (copy / path).touch()

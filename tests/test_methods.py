@@ -120,6 +120,32 @@ def test_a_methods_keyword_arguments_are_its_flags(registered, start):
         start(method="opd", patience=5)
 
 
+def test_a_method_that_cannot_mean_what_it_says_is_refused_when_it_is_registered(registered):
+    """Each of these would have trained something else, or failed in its first step."""
+    def generator(run, *, share: float = 0.5):
+        """share  a share"""
+    with pytest.raises(AssertionError, match="losses are names in LOSSES"):
+        method(losses="rkl")(generator)
+    with pytest.raises(AssertionError, match="defaults are of general flags"):
+        method(losses=("rkl",), defaults=dict(rolouts=1))(generator)
+
+    def takes_over(run, *, lr: float = 0.5):
+        """lr  not a rate"""
+    with pytest.raises(AssertionError, match="lr is a general flag"):
+        method(losses=("rkl",))(takes_over)
+
+    def positional(run, share=0.5):
+        """share  a share"""
+    with pytest.raises(AssertionError, match="behind a"):
+        method(losses=("rkl",))(positional)
+    method(losses=("rkl",))(generator)
+
+    def another(run, *, share: int = 2):
+        """share  a number"""
+    with pytest.raises(AssertionError, match="share is a flag of generator, of another type"):
+        method(losses=("rkl",))(another)
+
+
 # ---- weights -----------------------------------------------------------------------------------------------
 
 def job_of(run, lengths, **options):
