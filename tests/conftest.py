@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import opd
 from data import small_world
+from data.files import read_lines
 from methods import METHODS
 
 TEMPLATES = {                                                    # as short as the prompts
@@ -93,3 +94,17 @@ def parameters(model):
 
 def gradients(model):
     return torch.cat([p.grad.detach().flatten().double() for p in model.net.parameters()])
+
+
+def metrics(run):
+    """The lines of metrics.jsonl that are of a step."""
+    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
+
+
+def die_at(update, step):
+    """opd.update, which is interrupted in a step."""
+    def dying(run, *args):
+        if run.state["step"] == step:
+            raise KeyboardInterrupt
+        return update(run, *args)
+    return dying

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import WORD_ROWS, gradients, parameters, tiny
+from conftest import WORD_ROWS, die_at, gradients, metrics, parameters, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
@@ -215,10 +215,6 @@ def test_selection_sees_the_whole_batch_and_normalisation_only_what_is_kept(star
     for ws, jb in zip(weights, (job, other)):
         for w_T, r in zip(ws, jb.rollouts):
             assert w_T.tolist() == pytest.approx([1 / 8 / len(r.ids_T)] * len(r.ids_T)) or not w_T.any()
-
-
-def metrics(run):
-    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.mark.parametrize("flags, targets", [
@@ -471,14 +467,6 @@ def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(start):
     opd.train(run)
     (run.out / "checkpoint").rename(run.out / "checkpoint.old")
     assert start(save_every=1, steps=3, out=run.out, resume=True).state["step"] == 2
-
-
-def die_at(update, step):
-    def dying(run, *args):
-        if run.state["step"] == step:
-            raise KeyboardInterrupt
-        return update(run, *args)
-    return dying
 
 
 def test_random_student_reaches_its_teacher(tmp_path, prompts):

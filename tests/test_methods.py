@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORD_ROWS, gradients, parameters
+from conftest import WORD_ROWS, die_at, gradients, metrics, parameters
 
 import methods
 import opd
 from config import Refused
-from data.files import read_lines
 from data.folder import rollout_stats
 from losses import LOSSES, Objective
 from methods import METHODS, Job, any_divergence, method
@@ -23,10 +22,6 @@ PAIRS = [{"prompt": "rev abc>", "chosen": "cba", "rejected": "abc"},
          {"prompt": "last q>", "chosen": "q", "rejected": "xy"}]
 
 GRADED = [{key: row[key] for key in ("prompt", "answer")} for row in WORD_ROWS]
-
-
-def lines_of(run):
-    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
 
 
 # ---- rooms -------------------------------------------------------------------------------------------------
@@ -68,7 +63,7 @@ def test_the_losses_and_the_kernels_serve_another_trainer(tmp_path):
 
 def test_nobody_asks_which_method_runs():
     for path in FILES:
-        assert "cfg.method ==" not in path.read_text(), path
+        assert "cfg.method " + "==" not in path.read_text(), path
 
 
 def test_training_works_without_the_lab(tmp_path, argv):
@@ -225,18 +220,13 @@ def test_what_is_computed_once_survives_a_restart(registered, start, monkeypatch
             yield [Job(run.student, None, run.references(run.draw()), run.objective)]
 
     flags = dict(method="rounds", steps=4, save_every=1, teachers=[])
-    run, update = start(**flags), opd.update
-
-    def dying(run, *args):
-        if run.state["step"] == 3:
-            raise KeyboardInterrupt
-        return update(run, *args)
-    monkeypatch.setattr(opd, "update", dying)
+    run = start(**flags)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 3))
     with pytest.raises(KeyboardInterrupt):
         opd.train(run)
     monkeypatch.undo()
     opd.train(start(**flags, out=run.out, resume=True))
-    assert made == [0, 2] and [line["made"] for line in lines_of(run)] == [1, 1, 2, 2]
+    assert made == [0, 2] and [line["made"] for line in metrics(run)] == [1, 1, 2, 2]
 
 
 # ---- a teacher that learns ---------------------------------------------------------------------------------
@@ -261,15 +251,10 @@ def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
     assert all(not torch.equal(a, b) for a, b in zip(before, ends))
     assert [learner.name for learner in whole.learners] == ["student", "teacher"]
     assert [learner.updates for learner in whole.learners] == [4, 4]
-    assert all(line["rollouts"] == 4 for line in lines_of(whole))
+    assert all(line["rollouts"] == 4 for line in metrics(whole))
 
-    cut, update = start(**flags, save_every=2), opd.update
-
-    def dying(run, *args):
-        if run.state["step"] == 3:
-            raise KeyboardInterrupt
-        return update(run, *args)
-    monkeypatch.setattr(opd, "update", dying)
+    cut = start(**flags, save_every=2)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 3))
     with pytest.raises(KeyboardInterrupt):
         opd.train(cut)
     monkeypatch.undo()
@@ -333,10 +318,10 @@ def test_dpo_learns_to_prefer_the_chosen_and_its_reference_stays_or_is_renewed(s
     anchor = [value.clone() for value in fixed.self_teacher(fixed.student).values.values()]
     for run in (fixed, renewed):
         opd.train(run)
-    margins = [line["margin"] for line in lines_of(fixed)]
-    assert margins[0] == 0 and margins[-1] > max(margins[1], 0.1) and lines_of(fixed)[-1]["preferred"] == 1
+    margins = [line["margin"] for line in metrics(fixed)]
+    assert margins[0] == 0 and margins[-1] > max(margins[1], 0.1) and metrics(fixed)[-1]["preferred"] == 1
     assert all(torch.equal(a, b) for a, b in zip(anchor, fixed.self_teacher(fixed.student).values.values()))
-    assert [line["margin"] == 0 for line in lines_of(renewed)] == [True, False] * 3
+    assert [line["margin"] == 0 for line in metrics(renewed)] == [True, False] * 3
     with pytest.raises(Refused, match="--renew_every needs --self_teacher snapshot"):
         start(**flags, renew_every=2, self_teacher="frozen")
 
@@ -373,6 +358,6 @@ def test_dpo_step_without_a_pair_changes_nothing_but_is_logged(start, prompts, m
     monkeypatch.setattr(opd, "grade", lambda *args: 0.0)
     before = parameters(run.student)
     opd.train(run)
-    [line] = lines_of(run)
+    [line] = metrics(run)
     assert torch.equal(parameters(run.student), before) and line["pairs"] == line["kept"] == 0
     assert json.loads((run.out / "config.json").read_text())["dpo_beta"] == 0.1

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import gradients, parameters, tiny
+from conftest import die_at, gradients, metrics, parameters, tiny
 from test_loop import accumulate, double, rollouts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +16,6 @@ import models as loading
 import opd
 from config import Refused
 from data import scratch, small_world
-from data.files import read_lines
 from lab import preflight
 from losses import Objective
 from methods import METHODS, Job
@@ -56,10 +55,6 @@ def copy(folder, to, template=None, **special):
     if template is None and (to / "chat_template.jinja").exists():
         (to / "chat_template.jinja").unlink()
     return to
-
-
-def metrics(run):
-    return [line for line in read_lines(run.out / "metrics.jsonl") if "loss" in line]
 
 
 # ---- chat --------------------------------------------------------------------------------------------------
@@ -351,13 +346,8 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit(lora, monkeypatch):
         return parameters(run.student)
 
     whole = trained(lora(optimizer="muon"))
-    cut, update = lora(optimizer="muon", save_every=2), opd.update
-
-    def dying(run, *args):
-        if run.state["step"] == 3:
-            raise KeyboardInterrupt
-        return update(run, *args)
-    monkeypatch.setattr(opd, "update", dying)
+    cut = lora(optimizer="muon", save_every=2)
+    monkeypatch.setattr(opd, "update", die_at(opd.update, 3))
     with pytest.raises(KeyboardInterrupt):
         opd.train(cut)
     monkeypatch.undo()

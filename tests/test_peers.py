@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import WORD_ROWS, gradients, parameters
+from conftest import WORD_ROWS, die_at, gradients, parameters
 from test_data import SHARED
-from test_loop import accumulate, die_at, double
+from test_loop import accumulate, double
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
