@@ -356,7 +356,7 @@ def finish(run):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
-    """What a method may use (methods/__init__.py lists it), and the folder that remembers it."""
+    """What a method may use (methods/__init__.py lists it), and the state that a checkpoint keeps."""
 
     def __init__(self, cfg):
         self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]

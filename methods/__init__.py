@@ -122,10 +122,10 @@ def grouped(items, key):
     return groups
 
 
-def jobs_by_branch(run, learner, teacher, rollouts, weights, **options):
+def jobs_by_branch(run, learner, teacher, rollouts, weights):
     """Return one Job per branch. The gradient is that of a single Job; the statistics are kept apart."""
     weight = {id(rollout): w for rollout, w in zip(rollouts, weights, strict=True)}
-    return [Job(learner, teacher, group, run.objective, [weight[id(r)] for r in group], **options)
+    return [Job(learner, teacher, group, run.objective, [weight[id(r)] for r in group])
             for group in by_branch(rollouts).values()]
 
 
