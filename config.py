@@ -252,6 +252,8 @@ FLAGS = {
                         OneOf(*SUPPORTS), only=(has_divergence, "a divergence as --loss")),
         "top_k": Flag(None, "entries of a --support", COUNT,
                       only=(lambda c: c.support != "full", "a --support other than full")),
+        "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
+                          "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
         "loss_temperature": Flag(1.0, "divides both models' logits in the loss", POSITIVE),
         "importance_cap": Flag(None, "every token's weight is multiplied by min(p_train / p_sampler, C); "
                                "0 = it is not; OPCoD 2606.14368, table 4", NOT_NEGATIVE, shown="C",
@@ -263,6 +265,8 @@ FLAGS = {
         "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(),
                         only=(lambda c: (getattr(c, "schedule", "mixed") == "mixed"
                                          or getattr(c, "diagnose_every", 0)), "--schedule mixed")),
+        "teacher_rank": Flag(8, "LoRA rank of the teachers that learn, whose own weights are frozen; needs "
+                             "peft; 0 = all their weights learn", AMOUNT, of_methods=True),
         "self_teacher": Flag(None, "the student as its own teacher: its moving average (ema), as it started "
                              "(frozen), as it is (live), or a copy that the method renews (snapshot)",
                              OneOf("ema", "frozen", "live", "snapshot"), of_methods=True),
@@ -296,17 +300,21 @@ FLAGS = {
                           "are one tensor) instead of the weights, which then are kept in --dtype; needs "
                           "peft; 0 = no adapter", AMOUNT, basic=True),
         "lora_alpha": Flag(32.0, "LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA "
-                           "Without Regret'", POSITIVE, only=(lambda c: c.lora_rank, "--lora_rank"))},
+                           "Without Regret'", POSITIVE,
+                           only=(lambda c: c.lora_rank or getattr(c, "teacher_rank", 0), "--lora_rank"))},
     "sampling and evaluation": {
         "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", POSITIVE),
         "top_p": Flag(1.0, "of the rollouts; likewise", PROBABILITY),
         "max_new_tokens": Flag(None, "longest completion, in tokens; default: 512, or 2048 where the chat "
                                "template lets the student think", COUNT, basic=True),
-        "sample_batch": Flag(64, "completions generated at a time", COUNT),
+        "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "
+                             "memory holds, or a GiB on a CPU, at most 512; 64 with transformers' generate",
+                             COUNT),
         "chat_template_kwargs": Flag({}, "passed to the chat template, e.g. '{\"enable_thinking\": false}'",
                                      json_object, shown="JSON"),
-        "eval_every": Flag(0, "steps, of both students together, between evaluations; 0 = before and after "
-                           "training only", AMOUNT, resume=True),
+        "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
+                           "after training only; default: 0, or a round of methods that have rounds", AMOUNT,
+                           resume=True),
         "eval_rollouts": Flag(1, "completions per evaluation prompt; the score is their mean", COUNT,
                               only=SAMPLED_EVALUATION),
         "gate_rollouts": Flag(16, "completions per validation prompt of the gate, as in evaluation", COUNT,
@@ -405,9 +413,12 @@ def default_text(name, flag, methods):
     """Return " (default: full; student_tail for sdpo, opcod)", or for a flag without one " (for opcod)"."""
     users = {}                                              # a default in words -> the methods that have it
     for method, other in methods.items():
-        if name in GENERAL and name in other.defaults:
+        if name in other.defaults:
             users.setdefault(in_words(other.defaults[name]), []).append(method)
-    general = "" if flag.of_methods or "default:" in flag.about else in_words(flag.default)
+    if name not in GENERAL and len(users) == 1:             # the help names the methods already
+        users = {}
+    general = "" if flag.of_methods or "default:" in flag.about or users and name not in GENERAL \
+        else in_words(flag.default)
     parts = [general] if general else []
     parts += [f"{value} for {', '.join(some)}".strip() for value, some in users.items()]
     if not parts:
@@ -468,7 +479,7 @@ def parse(argv, about, methods):
     complete_branches(cfg, given, method, branches)
     check_students(cfg, method)
     check_effects(cfg, given, own_flags(methods))
-    complete_machine(cfg)
+    complete_machine(cfg, method)
     if method.check:
         method.check(cfg)
     return cfg
@@ -520,10 +531,11 @@ def knob(cfg):
 def match_teachers(cfg, method, branches):
     """Give every branch of prompts its teacher; refuse missing, superfluous and unknown ones."""
     if "" in cfg.teachers:
-        cfg.teachers = dict.fromkeys(branches, cfg.teachers[""])
+        names = ["teacher"] if method.teachers == "any" else branches
+        cfg.teachers = dict.fromkeys(names, cfg.teachers[""])
     if method.teachers == "none" and cfg.teachers:
         raise Refused(f"--teachers has no effect on --method {cfg.method}")
-    if method.teachers != "none" and cfg.teachers.keys() != cfg.prompts.keys():
+    if method.teachers in ("each", "one") and cfg.teachers.keys() != cfg.prompts.keys():
         raise Refused(f"--method {cfg.method} needs a teacher for every branch of prompts "
                       f"({', '.join(branches)}), but --teachers has: {', '.join(cfg.teachers) or 'none'}")
     if method.teachers == "one" and len(set(cfg.teachers.values())) > 1:
@@ -570,7 +582,7 @@ def check_effects(cfg, given, own):
             raise Refused(f"--{name} has no effect without {flag.only[1]}")
 
 
-def complete_machine(cfg):
+def complete_machine(cfg, method):
     """Choose the device, the dtype, and the settings that are left."""
     if cfg.device is None:
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -581,6 +593,9 @@ def complete_machine(cfg):
     if cfg.device == "cpu" and cfg.teacher_device not in (None, "cpu"):
         raise Refused(f"--teacher_device {cfg.teacher_device} needs a --device cuda")
     cfg.teacher_device = cfg.teacher_device or cfg.device.split(":")[0]
+    if method.teacher_learns and cfg.teacher_device != cfg.device.split(":")[0]:
+        raise Refused(f"--teacher_device {cfg.teacher_device}: a teacher that learns computes where the "
+                      "student does")
     shared = getattr(cfg, "self_teacher", None) in ("ema", "live", "snapshot")
     # A chained comparison: the teacher computes on the CPU, and the student does not.
     if cfg.teacher_device == "cpu" != cfg.device and shared:
@@ -588,6 +603,9 @@ def complete_machine(cfg):
                       "swap, or --self_teacher frozen")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
     cfg.eval_top_p = cfg.eval_top_p or cfg.top_p
+    if cfg.eval_every is None:
+        rounds = getattr(cfg, "rounds", 0)
+        cfg.eval_every = cfg.steps * len(cfg.student) // rounds if rounds else 0
     cfg.out = home(cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}")
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
 

@@ -321,6 +321,7 @@ class Objective:
     importance   (low, high) bounds of the importance weight of "pg"
     cap          of `truncated_importance`, by which weights are multiplied for every loss but pg; None: they
                  are not
+    ce           weight of -log p(y) beside the divergence, as in Hinton et al., 1503.02531
     """
     divergence: str | None = None
     label: str | None = None
@@ -331,6 +332,7 @@ class Objective:
     top_k: int | None = None
     importance: tuple = (0.5, 2.0)
     cap: float | None = None
+    ce: float = 0.0
 
     def __post_init__(self):
         assert (self.divergence is None) != (self.label is None), (self.divergence, self.label)

@@ -14,6 +14,7 @@ Otherwise the gap between two equal models would not be 0 but their rounding err
 Other files import transformers inside functions, and this file before it: see below about `kernels`.
 """
 import contextlib
+import copy
 import functools
 import math
 import warnings
@@ -35,9 +36,10 @@ from kernels import linear_divergence, linear_logprob
 for module in (transformers.utils, transformers.utils.import_utils):
     module.is_kernels_available = lambda *args, **kwargs: False
 
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+import sampler
 
 
 @dataclass(eq=False)
@@ -56,6 +58,7 @@ class Model:
     without_adapter: bool = False       # `net` is the student's; its adapter is off in this model
     offloaded: bool = False             # the weights wait in main memory while the model is not `on_device`
     values: dict = field(default_factory=dict)  # parameter of `net` -> its other value in this model
+    served: bool = True                 # by our own sampler; otherwise by transformers' generate
 
     @property
     def config(self):
@@ -198,44 +201,23 @@ class Model:
         return out
 
     @torch.no_grad()
-    def generate(self, prompts, temperature, top_p, max_new_tokens, batch):
-        """Complete prompts (lists of token ids), `batch` at a time, and return [(ids_T, logp_T)].
+    def mean_hidden(self, prompts, completions, micro_tokens):
+        """Return [B, H] of unit length: the means over the hidden states that predict a completion's tokens.
 
-        Each completion is cut after its first stop token. With temperature 0 completions are greedy, and
-        logp_T is None. Otherwise logp_T are the log-probabilities under the distribution that was sampled
-        from, with temperature and top_p applied.
+        They say where texts are in this model's own space: the product of two rows is a cosine.
         """
-        out, starts = [], range(0, len(prompts), batch)
-        for start in tqdm(starts, "sample", leave=False, disable=len(starts) == 1):
-            out += self.generate_batch(prompts[start:start + batch], temperature, top_p, max_new_tokens)
-        return out
+        out = [None] * len(completions)
+        lengths = {i: len(prompts[i]) + len(ids_T) for i, ids_T in enumerate(completions)}
+        for group in micro_batches(lengths, micro_tokens):
+            some = [completions[i] for i in group]
+            hidden_NH = self.hidden_states([prompts[i] for i in group], some).float()
+            for i, hidden_TH in zip(group, hidden_NH.split([len(ids_T) for ids_T in some])):
+                out[i] = hidden_TH.mean(0)
+        return torch.nn.functional.normalize(torch.stack(out), dim=1)
 
-    def generate_batch(self, prompts, temperature, top_p, max_new_tokens):
-        """Complete some prompts together, with padding on the left."""
-        P = max(map(len, prompts))
-        ids_BP = torch.tensor([[self.stops[0]] * (P - len(p)) + p for p in prompts], device=self.device)
-        mask_BP = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        recorder, sampling = SampledLogProbs(), {}
-        processors = LogitsProcessorList([OnlyKnownTokens(self.vocab)])
-        if temperature > 0:
-            # A list times False is empty. The processors do the work of generate's own options, in an order
-            # that is known here: the recorder comes last.
-            processors += [TemperatureLogitsWarper(temperature)] * (temperature != 1)
-            processors += [TopPLogitsWarper(top_p)] * (top_p < 1) + [recorder]
-            sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        with self.forward_context():
-            ids_BT = self.net.generate(
-                ids_BP, attention_mask=mask_BP, logits_processor=processors,
-                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=self.stops,
-                                                   pad_token_id=self.stops[0], **sampling))
-        logp_BT = recorder.finish(ids_BT) if temperature > 0 else None
-        stop_BT = torch.isin(ids_BT[:, P:], torch.tensor(self.stops, device=self.device))
-        out = []
-        for i, stop_T in enumerate(stop_BT):
-            # argmax finds the first stop token; behind it is padding.
-            T = int(stop_T.int().argmax()) + 1 if stop_T.any() else len(stop_T)
-            out.append((ids_BT[i, P:P + T], logp_BT[i, :T] if temperature > 0 else None))
-        return out
+    def generate(self, prompts, temperature, top_p, max_new_tokens, rows):
+        """Complete prompts (lists of token ids), `rows` at a time: [(ids_T, logp_T)]. See sampler.sample."""
+        return sampler.sample(self, prompts, temperature, top_p, max_new_tokens, rows)
 
 
 @dataclass(eq=False)
@@ -244,44 +226,8 @@ class Learner(Model):
     name: str = "student"
     optimizers: tuple = ()
     updates: int = 0                    # optimizer steps done
+    lr_factor: float = 1.0              # of the run's learning rate
     average: object = None              # the Model that follows this one: a moving average or a snapshot
-
-
-class SampledLogProbs(LogitsProcessor):
-    """A logits processor that keeps log p(y) of every sampled token, and changes nothing.
-
-    It has to be the last one, which sees the distribution that generate samples from. The token itself is
-    known only when the processor is called for the next one.
-    """
-
-    def __init__(self):
-        self.previous_BV, self.logps = None, []
-
-    def __call__(self, ids_BT, scores_BV):
-        if self.previous_BV is not None:
-            self.take(ids_BT)
-        self.previous_BV = torch.log_softmax(scores_BV.float(), -1)
-        return scores_BV
-
-    def take(self, ids_BT):
-        """Keep the log-probabilities of the newest tokens."""
-        self.logps.append(self.previous_BV.gather(1, ids_BT[:, -1:]))
-
-    def finish(self, ids_BT):
-        """Return the log-probabilities [B, T] of all sampled tokens; no call comes after the last token."""
-        self.take(ids_BT)
-        return torch.cat(self.logps, 1)
-
-
-class OnlyKnownTokens(LogitsProcessor):
-    """A logits processor: ids beyond the tokenizer's, which only pad the head, are never sampled."""
-
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def __call__(self, ids_BT, scores_BV):
-        scores_BV[:, self.vocab:] = -torch.inf
-        return scores_BV
 
 
 def micro_batches(lengths, micro_tokens):
@@ -390,9 +336,12 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     model = Learner(name=name, **common) if learns else Model(**common)
     if lora:
         model.adapter = add_adapter(model, cfg, weights)
-    if not cfg.dry_run:
-        with model.on_device():
+    with model.on_device():
+        if not cfg.dry_run:
             check_forward(model)
+        if reason := sampler.obstacle(model, try_it=not cfg.dry_run):
+            model.served = False
+            tqdm.write(f"note: {path} is sampled by transformers' generate, which is slower: {reason}")
     if learns and cfg.gradient_checkpointing:
         recompute_layers(model)
     if learns:
@@ -590,8 +539,9 @@ def load_teachers(cfg, checkpoint, students, teacher_learns):
     for path in dict.fromkeys(cfg.teachers.values()):
         name = f"teacher{len(teachers) or ''}"
         if teacher_learns:
-            weights = learner_folder(checkpoint, name, several=True)
-            teachers[path] = load(path, cfg, learns=True, weights=weights, name=name)
+            weights, adapted = learner_folder(checkpoint, name, several=True), copy.copy(cfg)
+            adapted.lora_rank = getattr(cfg, "teacher_rank", cfg.lora_rank)
+            teachers[path] = load(path, adapted, learns=True, weights=weights, name=name)
         else:
             teachers[path] = load_frozen(path, student, cfg)
         share_tokens(student, teachers[path])

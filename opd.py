@@ -53,6 +53,7 @@ from losses import LOSSES, policy_gradient_weight, target_at, truncated_importan
 from methods import METHODS, Job, Rollout, by_branch
 from methods.feedback import Templates, read_templates
 from models import micro_batches
+from sampler import default_rows
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def score(job, gaps, micro_tokens):
 
     Fills job.hidden_t, the teacher's hidden states in main memory, if the objective is a divergence. With
     `gaps`, and for the loss pg, also job.lp and job.lq, log p(y) and log q(y) of every token. What is known
-    is not asked again, and a rollout whose weight is known to be 0 is not read.
+    is not asked again, and a rollout whose weight is known to be 0 is not read. Returns the tokens read.
     """
     learner, teacher, objective, rollouts = job.learner, job.teacher, job.objective, job.rollouts
     nothing = [None] * len(rollouts)                        # None stays where a rollout is not read
@@ -85,7 +86,7 @@ def score(job, gaps, micro_tokens):
             if (job.weights is None or torch.as_tensor(job.weights[i]).any())
             and (need_states and hidden[i] is None or need_gaps and lp[i] is None)]
     if teacher is None or not read:
-        return
+        return 0
     lengths = {i: len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read}
     with teacher.on_device():
         # the product with the vocabulary is made where the student is, also with --teacher_device cpu
@@ -104,6 +105,7 @@ def score(job, gaps, micro_tokens):
         prompts, completions = [rollouts[i].prompt_ids for i in read], [rollouts[i].ids_T for i in read]
         put(lp, read, learner.log_probs(prompts, completions, micro_tokens, objective.temperature))
         job.lp, job.lq = lp, lq
+    return sum(lengths.values())
 
 
 def weigh(jobs):
@@ -149,6 +151,7 @@ def backward(run, job, weights):
             hidden_t_NH = torch.cat([job.hidden_t[i] for i in group]).to(learner.device)
             loss, stats = linear_divergence(
                 hidden_NH, learner.head_VH, hidden_t_NH, head_t_VH, weight_N, labels_N=labels_N,
+                label_weight_N=objective.ce * weight_N if objective.ce else None,
                 softcap_s=learner.softcap, softcap_t=teacher.softcap, **kind, **common)
             if note:
                 note_gap(job, group, stats)
@@ -174,16 +177,18 @@ def update(run, jobs, weights):
                               f"lower --lr or look at the data. What {run.out} holds is intact")
             for optimizer in learner.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * learner.lr_factor
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             learner.updates += 1
             if learner.average and cfg.self_teacher == "ema":           # a snapshot waits for run.refresh
                 models.follow(learner.average, cfg.ema_rate)
-    branches = by_branch([r for job in jobs for r in job.rollouts])
+    found = by_branch([r for job in jobs for r in job.rollouts])
+    branches = [name for name in run.branches if name in found]
     by_job = {}
     for job, job_weights, job_stats in zip(jobs, weights, stats):
-        name = job.branch if job.branch not in by_job else f"{job.branch}, Job {len(by_job) + 1}"
+        name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
+        name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
             **rollout_stats(jobs, weights, stats), **({"branches": by_job} if len(jobs) > 1 else {})}
@@ -338,7 +343,7 @@ def record(run, jobs, weights, stats):
     parts = {name: peak / 2**30 for name, peak in run.peaks.items()}
     stats |= {"seconds": run.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
               **({"memory_gib_by_part": parts} if parts else {}),
-              "sampled_tokens": state["sampled_tokens"], **run.notes}
+              **{name: state[name] for name in ("sampled_tokens", "teacher_tokens")}, **run.notes}
     run.folder.log("metrics", stats)
     tqdm.write(step_line(stats, cfg.loss, run.total, run.notes), file=sys.stdout)
     run.clock, run.peaks, run.notes = {}, {}, {}
@@ -365,17 +370,20 @@ class Run:
         previous = config.check_resume(cfg)
         checkpoint = self.folder.find_checkpoint(look_only=cfg.dry_run) if previous else None
         if checkpoint:
-            cfg.max_new_tokens = cfg.max_new_tokens or previous.get("max_new_tokens")
+            for name in ("max_new_tokens", "sample_batch"):     # their defaults depend on the student
+                setattr(cfg, name, getattr(cfg, name) or previous.get(name))
             config.check_same_experiment(cfg, previous)
         self.load_models(checkpoint)
         if not cfg.max_new_tokens:                              # it depends on the student's chat template
             cfg.max_new_tokens = 2048 if models.may_think(self.student) else 512
         cursor = dict.fromkeys(self.branches, 0)                # of each student, in each branch
-        self.state = {"step": 0, "sampled_tokens": 0, "memory": {},
+        self.state = {"step": 0, "sampled_tokens": 0, "teacher_tokens": 0, "memory": {},
                       "cursor": [dict(cursor) for _ in self.students]}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
         self.notes = {}                                         # what a method adds to a step's metrics
         self.longest = check_prompts(self)
+        cfg.sample_batch = cfg.sample_batch or default_rows(
+            self.student, max(self.longest.prompt, self.longest.read) + cfg.max_new_tokens)
         if checkpoint and not cfg.dry_run:
             self.state = self.folder.restore(self.learners)
 
@@ -433,18 +441,19 @@ class Run:
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
                        top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
-                       importance=tuple(cfg.importance), cap=getattr(cfg, "importance_cap", None) or None)
+                       importance=tuple(cfg.importance), cap=getattr(cfg, "importance_cap", None) or None,
+                       ce=getattr(cfg, "ce_weight", 0.0))
 
     @property
     def memory(self):
         """A method's own values, plain Python data, which the checkpoint keeps."""
         return self.state["memory"]
 
-    def once(self, key, make):
-        """Return memory[key], which make() computes if it is not there: once per run, or once per round."""
-        if key not in self.memory:
-            self.memory[key] = make()
-        return self.memory[key]
+    def once(self, key, make, of=None):
+        """Return what make() has computed: once per run, or once `of` a round, whose number it is."""
+        if self.memory.get(key, [None])[0] != [of]:
+            self.memory[key] = [[of], make()]                   # that of the last round goes
+        return self.memory[key][1]
 
     def jobs(self):
         """Yield the method's lists of Jobs. Every step has its own seed: a resumed one repeats itself."""
@@ -506,8 +515,8 @@ class Run:
                 if "answer" in prompt:
                     r.reward = grade(prompt["grader"], r.text, prompt["answer"])
                 rollouts.append(r)
-        if model in self.students:
-            self.state["sampled_tokens"] += sum(len(r.ids_T) for r in rollouts)
+        written = "sampled_tokens" if model in self.students else "teacher_tokens"
+        self.state[written] += sum(len(r.ids_T) for r in rollouts)
         return rollouts
 
     def complete(self, model, prompts, temperature=None, top_p=None, max_new_tokens=None):
@@ -545,7 +554,7 @@ class Run:
         """Let the teachers read the Jobs' rollouts: see `score`."""
         with self.timed("score"):
             for job in jobs:
-                score(job, gaps, self.cfg.micro_tokens)
+                self.state["teacher_tokens"] += score(job, gaps, self.cfg.micro_tokens)
 
     def self_teacher(self, student):
         """Return the model by which a student teaches itself."""
@@ -590,15 +599,16 @@ class Run:
         Every measurement starts from the same seed. If `part` is given, its seconds count as that part of the
         step.
         """
-        clock, notes, spent = dict(self.clock), dict(self.notes), self.state["sampled_tokens"]
+        clock, notes = dict(self.clock), dict(self.notes)
         cursors = [dict(cursor) for cursor in self.state["cursor"]]
+        counted = self.state | {"cursor": cursors, "memory": self.memory}
         on_gpu = [self.student.device] if self.student.device.type == "cuda" else []
         started = time.perf_counter()
         with torch.random.fork_rng(on_gpu):
             torch.manual_seed(self.cfg.seed)
             yield
-        self.clock, self.notes, self.state["sampled_tokens"] = clock, notes, spent
-        self.state["cursor"] = cursors
+        self.clock, self.notes = clock, notes
+        self.state.update(counted)
         if part:
             self.clock[part] = self.clock.get(part, 0.0) + time.perf_counter() - started
 

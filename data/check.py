@@ -18,6 +18,7 @@ def check_prompts(run):
     cfg, longest = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0)
     for branch, rows in run.prompts.items():
         teachers = [run.teachers[branch]] if branch in run.teachers else []
+        teachers = run.teachers.values() if run.method.teachers == "any" else teachers
         readers = dict.fromkeys([*run.students, *teachers])     # each model once: a list would repeat one
         check_file(run, cfg.prompts[branch], rows, readers, longest, trained=True, read=run.method.reads)
     for name, rows in run.evals.items():

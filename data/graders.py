@@ -115,3 +115,33 @@ def last_letter(text):
 # grader -> (the function that finds what it grades, how `complaint` calls that)
 SOUGHT = {"number": (last_number, "number"), "boxed": (last_boxed, "\\boxed{..}"),
           "letter_tag": (last_tag, "<answer>..</answer>"), "final_letter": (last_letter, '"Final answer: X"')}
+
+
+def split_at_answer(grader, text, answer):
+    """Return (rationale, the right answer as this completion would give it), or None without any answer.
+
+    The rationale is what stands before the answer that the grader finds, right or wrong; what comes after is
+    left out. For the grader exact, which knows no rationale, the answer is the last word.
+    """
+    if complaint(grader, text) is not None:
+        return None
+    answer, start, form = str(answer), None, FORMS[grader]
+    if grader == "exact":
+        start = text.rstrip().rfind(" ") + 1
+        answer = answer.rstrip().rpartition(" ")[2] if text[:start].strip() else answer     # or all of it
+    elif grader == "number" and "####" in text:
+        start, form = text.rfind("####"), "#### {}"
+    elif grader == "boxed" or grader == "number" and last_boxed(text):
+        start, form = text.rfind("\\boxed{"), FORMS["boxed"]
+    else:
+        start = [found.start() for found in ANSWERS[grader].finditer(text)][-1]
+    rationale = text[:start].rstrip()
+    closing = text[len(rationale):start] + form.format(answer)
+    if grader == "number" and not number(rationale + closing, answer):      # 1.2.3 and 7 would make 1.27
+        closing = f" #### {answer}"
+    return rationale, closing
+
+
+# grader -> where the answer begins that it looks for
+ANSWERS = {"number": NUMBER, "letter_tag": re.compile("<answer>.*?</answer>", re.S),
+           "final_letter": re.compile(r"final answer:(?=\W*\b[A-Z]\b)", re.I)}

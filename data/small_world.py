@@ -177,8 +177,8 @@ def model(vocab_size, seed, hidden=128, layers=3):
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 
 
-def build(out, seed, generalist, specialist, prompts, references, evaluation):
-    """Write the untrained model and every prompt file to `out`. The counts are rows per file."""
+def files(seed, generalist, specialist, prompts, references, evaluation):
+    """Return {name: rows} of every prompt file. The counts are rows per file."""
     skills = COVERED + UNCOVERED + ("add", "sum")                           # the hardest two come twice
     trace = max(generalist // 16, len(DOMAIN))                              # 6% of the generalist's data
     parts = {                               # file -> the parts that it is made of: branch, skills, rows
@@ -189,18 +189,30 @@ def build(out, seed, generalist, specialist, prompts, references, evaluation):
         "eval_covered": [("general", COVERED, evaluation)],
         "eval_uncovered": [("general", UNCOVERED, evaluation)],
         "eval_domain": [("domain", DOMAIN, evaluation)]}
-    files = {}
+    found = {}
     for name, its_parts in parts.items():
         rng = random.Random(f"{seed} {name}")
-        files[name] = []
+        found[name] = []
         for part in its_parts:
-            files[name] += rows(rng, *part, evaluation=name.startswith("eval"))
+            found[name] += rows(rng, *part, evaluation=name.startswith("eval"))
         if len(its_parts) > 1:
-            rng.shuffle(files[name])
+            rng.shuffle(found[name])
     for branch, count in (("general", references), ("domain", references // 2)):
-        files[f"{branch}_references"] = files[branch][:count]
-        files[branch] = unsolved(files[branch])
-    write(out, tokenizer(), seed, files)
+        found[f"{branch}_references"] = found[branch][:count]
+        found[branch] = unsolved(found[branch])
+    return found
+
+
+def build(out, seed, **counts):
+    """Write the untrained model and every prompt file to `out`. counts: rows per file, see COUNTS."""
+    write(out, tokenizer(), seed, files(seed, **counts))
+
+
+COUNTS = dict(generalist=(90_000, "rows for the general teacher"),
+              specialist=(40_000, "rows for the domain teacher"),
+              prompts=(512, "general proxy prompts; half as many for the domain"),
+              references=(128, "general proxy prompts with a solution; half as many for the domain"),
+              evaluation=(480, "rows per evaluation file"))
 
 
 # ---- what all small worlds share ---------------------------------------------------------------------------
@@ -230,8 +242,4 @@ def main(build, about, **counts):
 
 
 if __name__ == "__main__":
-    main(build, __doc__, generalist=(90_000, "rows for the general teacher"),
-         specialist=(40_000, "rows for the domain teacher"),
-         prompts=(512, "general proxy prompts; half as many for the domain"),
-         references=(128, "general proxy prompts with a solution; half as many for the domain"),
-         evaluation=(480, "rows per evaluation file"))
+    main(build, __doc__, **COUNTS)

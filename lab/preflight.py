@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 from data.check import fixed_texts
 from kernels.chunked import CHUNK_BYTES
 from models import average_values, fake_mode, tensors
+from sampler import LOGITS, PREFILL, row_bytes
 
 from .diagnosis import LARGEST, rollouts_per_branch, watched
 
 PHASES = ("sample", "score", "update")
 UNKNOWN = -1                        # the size of what cannot run on fake tensors
-SAMPLED_LOGITS = 5                  # float32 copies of the last logits while a token is drawn
 STATES = {torch.optim.AdamW: 2, torch.optim.Muon: 1, torch.optim.SGD: 0}     # float32 numbers per parameter
 GIB = 2**30
 
@@ -77,7 +77,7 @@ def distinct(run):
 
 def about_models(run):
     """Say which models there are, how large they are, and how much of them learns."""
-    roles = {student: "student" for student in run.students}
+    roles = dict.fromkeys(run.students, "student")
     for model in [*run.students, *distinct(run)]:
         role = roles.get(model, "teacher")
         count = sum(p.numel() for p in model.net.parameters())
@@ -85,7 +85,7 @@ def about_models(run):
         what = f"{count / 1e9:.3f} B parameters"
         if model.without_adapter:
             what = "the student without its adapter"
-        elif role == "student":
+        elif learns:
             what += f", of which {learns / 1e9:.3f} B learn"
         print(f"{role}  {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
 
@@ -225,9 +225,15 @@ def kept_bytes(run, teachers):
     elif teachers_compute_here(run.cfg):
         for teacher in teachers:
             parts[f"weights of {teacher.path}"] = always(weight_bytes(teacher))
-    parts["optimizer"] = always(sum(map(optimizer_bytes, students)))
-    parts["gradients"] = {"update": sum(p.nbytes for p in run.student.net.parameters() if p.requires_grad)}
+    parts["optimizer"] = always(sum(map(optimizer_bytes, students + learning(run)[1:])))
+    parts["gradients"] = {"update": sum(p.nbytes for learner in learning(run)
+                                        for p in learner.net.parameters() if p.requires_grad)}
     return parts
+
+
+def learning(run):
+    """Return the learners of a step: one student, as two learn in turn, and the teachers that learn."""
+    return [run.student, *(learner for learner in run.learners if learner not in run.students)]
 
 
 def passing_bytes(run, teachers):
@@ -248,9 +254,10 @@ def passing_bytes(run, teachers):
     if run.teachers or any(run.self_teachers):
         readers = [student, *(distinct(run) if teachers_compute_here(cfg) else [])]
     peaks = [forward_bytes(model, micro_read, read) for model in readers]
+    updates = [update_bytes(learner, micro, length, sequences > micro) for learner in learning(run)]
     parts[f"{micro} x {length:,} tokens through the layers"] = {
         "score": UNKNOWN if UNKNOWN in peaks else max(peaks, default=0),
-        "update": update_bytes(student, micro, length, sequences > micro)}
+        "update": max(updates, default=0) if UNKNOWN not in updates else UNKNOWN}
 
     tokens = micro * completion
     buffers = buffer_bytes(run, tokens)                         # a CPU keeps them from call to call
@@ -268,10 +275,10 @@ def weight_bytes(model):
     return sum(x.nbytes for x in tensors(model.net))
 
 
-def optimizer_bytes(student):
-    """Return the bytes of a student's optimizer states, which are float32."""
+def optimizer_bytes(learner):
+    """Return the bytes of a learner's optimizer states, which are float32."""
     total = 0
-    for optimizer in student.optimizers:
+    for optimizer in learner.optimizers:
         for group in optimizer.param_groups:
             total += 4 * STATES[type(optimizer)] * sum(p.numel() for p in group["params"])
     return total
@@ -300,8 +307,13 @@ def simulation(bytes_of):
 def sampling_bytes(model, sequences, prompt, length):
     """Return the bytes of sampling: the KV cache at full length, logits, and weights cast to bfloat16.
 
-    A layer's cache is there twice while it grows.
+    Our own sampler has a cache of fixed size; in transformers' generate a layer's is there twice as it grows.
     """
+    if model.served:
+        together = max(1, min(sequences, PREFILL // prompt))
+        with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.forward_context():
+            model.body(input_ids=torch.zeros(together, prompt, dtype=torch.long), use_cache=False)
+        return int(sequences * row_bytes(model, length) + live.peak + cast_bytes(model))
     with fake_mode(), torch.no_grad(), Live(tensors(model.net)) as live, model.forward_context():
         out = model.body(input_ids=torch.zeros(sequences, prompt, dtype=torch.long), use_cache=True)
         started, casts = live.peak, cast_bytes(model)
@@ -313,7 +325,7 @@ def sampling_bytes(model, sequences, prompt, length):
             held *= positions / layer.keys.shape[-2]
         grown, largest = grown + held, max(largest, held)
     grown += largest
-    logits = SAMPLED_LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
+    logits = LOGITS * 4 * sequences * model.net.get_output_embeddings().out_features
     return int(max(started, grown + casts + logits))
 
 

@@ -47,6 +47,8 @@ class Recipe:
     pictured: tuple = ()            # the rows of the picture; (): all
     differences: dict = field(default_factory=dict)         # {title: (row, the row that it is compared with)}
     table: dict = field(default_factory=dict)
+    spent: bool = False             # the table also says what a row spent, the picture shows every seed's end
+    second: tuple = ()              # rows with two students, of whom the second is compared
 
 
 # What the recipes of the small worlds have in common.
@@ -124,6 +126,65 @@ STORY = Recipe(
         "camopd-pg": [(17.9, None), (28.3, None), (33.8, None)],
     }},
     quick_prepare=["--generalist", "21000", "--specialist", "8000", "--evaluation", "240"],
+)
+
+
+# ---- small-all: every method (data/small_all.py) -----------------------------------------------------------
+
+ALL_PROMPTS = STUDENT | dict(save_every=40)
+ALL_TAUGHT = ALL_PROMPTS | dict(teachers=TEACHERS)
+EIGHT = dict(batch=8, rollouts=8)                               # 64 completions, as batch 64 with one each
+REWARDED = ALL_PROMPTS | EIGHT | dict(lr=3e-5)
+HALF = dict(batch=32)                                           # 32 pairs, or 32 prompts of two teachers
+TOLD = dict(templates="{dir}/world/templates.json")
+RATIONALES = dict(prompts=world_prompts("general_rationales", "domain_rationales"))
+
+SMALL_ALL = Recipe(
+    about="Every method on the small world: the same student, the specialist, makes 160 updates of 64 "
+          "completions each (32 pairs in apt and sai_dpo, at most 8 in dpo). The learning rate is 1e-4, for "
+          "what learns from rewards (grpo, dpo, sdpo, opcod) 3e-5 and for apt and sai_dpo 1e-5: at 1e-4 they "
+          "lose the domain. sft, kd, okd, gkd, compact, apt and opsd learn from references, which are "
+          "few; star, grpo, dpo, sai_dpo, sdpo and opcod know the answers of four times as many prompts; the "
+          "others need neither. Both teachers have also learned to read a told answer and to correct a "
+          "response. opd has the general teacher alone. opcod's peer is the generalist, which learns, too: "
+          "its tokens and minutes are both students'. Accuracy in %, greedy.",
+    prepare=["data.small_all", "{dir}/world", "--seed", "{seed}"],
+    common=STORY.common,
+    rows={
+        "generalist": STORY.rows["generalist"],
+        "specialist": STORY.rows["specialist"],
+        "sft": ALL_PROMPTS | REFERENCES | dict(method="sft"),
+        "seqkd": ALL_TAUGHT | dict(method="seqkd"),
+        "kd": ALL_TAUGHT | REFERENCES | dict(method="kd"),
+        "gkd": ALL_TAUGHT | REFERENCES | dict(method="gkd"),
+        "okd": ALL_TAUGHT | REFERENCES | dict(method="okd"),
+        "compact": ALL_TAUGHT | REFERENCES | HALF | dict(method="compact"),
+        "compact-misled": ALL_TAUGHT | RATIONALES | HALF | dict(method="compact"),
+        "opd": ALL_PROMPTS | dict(method="opd", prompts=world_prompts()[:1],
+                                  teachers=["{dir}/generalist/final"]),
+        "mopd": ALL_TAUGHT | dict(method="mopd", loss="rkl"),
+        "camopd": ALL_TAUGHT | dict(method="camopd", loss="rkl"),
+        "focus": ALL_TAUGHT | dict(method="focus", loss="rkl"),
+        "grpo": REWARDED | dict(method="grpo"),
+        "dpo": REWARDED | dict(method="dpo", renew_every=40),
+        "apt": ALL_PROMPTS | REFERENCES | HALF | dict(method="apt", lr=1e-5),
+        "sai_dpo": ALL_PROMPTS | HALF | dict(method="sai_dpo", lr=1e-5, probe=320),
+        "star": ALL_PROMPTS | TOLD | dict(method="star"),
+        "opsd": ALL_PROMPTS | REFERENCES | TOLD | dict(method="opsd"),
+        "sdpo": REWARDED | TOLD | dict(method="sdpo"),
+        "opcod": REWARDED | TOLD | dict(
+            method="opcod", student=["{dir}/generalist/final", "{dir}/specialist/final"], rounds=4,
+            no_anchor=True, val_prompts=world_prompts("val_general", "val_domain"), feedback_tokens=24,
+            eval_every=80),
+    },
+    columns=STORY.columns,
+    axes=STORY.axes,
+    references=STORY.references,
+    quick={"": dict(steps=8, eval_every=4, lr=5e-4), "generalist": dict(steps=160),
+           "specialist": dict(steps=60)},
+    quick_prepare=STORY.quick_prepare,
+    spent=True,
+    second=("opcod",),
 )
 
 
@@ -364,6 +425,7 @@ def opcod(first, second, rounds):
 
 RECIPES = {
     "small": STORY,
+    "small-all": SMALL_ALL,
     "small-opcod": SMALL_OPCOD,
     "small-camopd": SMALL_CAMOPD,
     "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),

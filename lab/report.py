@@ -68,10 +68,12 @@ def write_run(out):
     if evals:
         blocks += ["## Accuracy", accuracy_table(evals), about_accuracy(config)]
     if gates:
-        blocks += ["## Rounds", round_table(gates), about_rounds(config), *break_table(gates)]
+        blocks += ["## Rounds", gate_table(gates), about_gates(config), *break_table(gates)]
+    if rounds := [line["round"] for line in steps if "round" in line]:
+        blocks += ["## Rounds", round_table(rounds)]
     if any("feedback" in step for step in steps):
         blocks += ["## Feedback", feedback_table(steps)]
-    blocks += ["## Training", *change_tables(steps)]
+    blocks += ["## Training", *change_tables(steps), *about_skipped(steps)]
     if diagnoses:
         blocks += ["## Diagnosis", *diagnosis_tables(diagnoses), "![diagnosis](diagnosis.png)"]
     blocks += ["![curves](curves.png)", *about_models(config, out), "## Samples"]
@@ -178,6 +180,10 @@ CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - l
            "dpo_loss": ("loss of DPO, nats per pair", 1),
            "margin": ("margin of the chosen completion, nats", 1),
            "preferred": ("pairs in which the chosen one is preferred, %", 100),
+           "reward_chosen": ("reward of the chosen completion, nats", 1),
+           "reward_rejected": ("reward of the rejected completion, nats", 1),
+           "length_chosen": ("its length, tokens", 1),
+           "length_rejected": ("length of the rejected one, tokens", 1),
            "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100)}
 
 
@@ -232,9 +238,28 @@ def settings(config):
     return ["## Settings", "```json\n" + json.dumps(shown, indent=1) + "\n```", versions]
 
 
+# ---- methods with rounds, skipped prompts ------------------------------------------------------------------
+
+def round_table(rounds):
+    """Return a table of what a method noted at the start of every round: {what: number, or None}."""
+    cell = lambda x: "none" if x is None else f"{x:.3g}" if isinstance(x, float) else x
+    return markdown_table([["round", *rounds[0]],
+                           *([i, *map(cell, noted.values())] for i, noted in enumerate(rounds, 1))])
+
+
+def about_skipped(steps):
+    """Return how many prompts or texts a method has left out, by reason, as one sentence in a list."""
+    total = {}
+    for step in steps:
+        for reason, count in step.get("skipped", {}).items():
+            total[reason] = total.get(reason, 0) + count
+    counts = ", ".join(f"{count:,} x {reason}" for reason, count in total.items())
+    return [f"Left out, as they teach nothing: {counts}."] if total else []
+
+
 # ---- co-distillation: rounds and feedback ------------------------------------------------------------------
 
-def round_table(gates):
+def gate_table(gates):
     """Return a table of what the gate saw, and where it let each student give feedback."""
     sets = list(gates[0]["scores"][0])
     scored = [f"{student}/{name}" for student in (1, 2) for name in sets]
@@ -247,7 +272,7 @@ def round_table(gates):
     return markdown_table(rows)
 
 
-def about_rounds(config):
+def about_gates(config):
     """Return how to read the table of rounds."""
     return ("Accuracy on the validation prompts in %. A student's gap is the sum over sets of its relative "
             f"shortfall from the better one; up to {config.get('tau', 0):g} it counts as cognizant. "
@@ -345,8 +370,11 @@ PANELS = [("divergence, nats per token", {"value": ""}, 1),
           ("completion length, tokens", {"length": ""}, 1),
           ("accuracy of the rollouts, %", {"reward": ""}, 100),
           ("prompts with a correct rollout, %", {"solved": ""}, 100),
-          ("margin of the chosen completion, nats", {"margin": ""}, 1),
+          ("reward, nats", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, 1),
           ("chosen completion is preferred, %", {"preferred": ""}, 100),
+          ("correct rollouts of drawn problems, %",
+           {"pass_rate": "in this round", "pass_rate_at_first": "when first probed"}, 100),
+          ("weight of a teacher's rationales", {"of_teacher": ""}, 1),
           ("feedback that is kept, %", {"kept_feedback": ""}, 100)]
 
 
@@ -365,7 +393,7 @@ def draw_run(plt, steps, evals, path):
 
 def plan_panels(steps, evals):
     """Return a function for every panel of a run's picture; it draws on the axis that it is given."""
-    lines = [*steps, *feedback_shares(steps)]
+    lines = [*steps, *feedback_shares(steps), *teacher_weights(steps)]
     window = max(len(steps) // 20, 1)
     panels = [panel for panel in PANELS if any(series(lines, key) for key in panel[1])]
     if PANELS[0] in panels and PANELS[3] in panels:
@@ -416,6 +444,12 @@ def feedback_shares(steps):
             shares.append({"step": step["step"], "branch": f"from {3 - step['tutee']}",
                            "kept_feedback": step["feedback"].get("kept", 0) / total})
     return sorted(shares, key=lambda share: share["branch"])        # for the colours: student 1 first
+
+
+def teacher_weights(steps):
+    """Return, per step and teacher of compact, {"step", "branch": the teacher, "of_teacher": its weight}."""
+    return [{"step": step["step"], "branch": name, "of_teacher": weight}
+            for step in steps for name, weight in step.get("teacher_weight", {}).items()]
 
 
 def moving_mean(values, window):

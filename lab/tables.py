@@ -74,35 +74,47 @@ def first_config(recipe, out, seeds):
     return None
 
 
+# What a row spent -> its heading; tokens are in thousands.
+SPENT = {"updates": "updates", "sampled_tokens": "sampled, k", "learned_tokens": "learned, k",
+         "teacher_tokens": "by teachers, k"}
+
+
 def collect(recipe, out, seeds):
-    """Return {row: {"curve": [a value per seed], "minutes": [..], "sampled_tokens": [..]}}.
+    """Return {row: {"curve": [a value per seed], "minutes": [..], and of SPENT "sampled_tokens": [..] ..}}.
 
     A curve is [(updates done, {set: accuracy})]. None stands for a seed that was not run.
     """
     results = {}
     for row, names in (recipe.table or {row: (row,) for row in recipe.rows}).items():
-        results[row] = {"curve": [], "minutes": [], "sampled_tokens": []}
+        results[row] = {key: [] for key in ("curve", "minutes", *SPENT)}
         for seed in range(seeds):
             runs = [read_finished(out / f"seed{seed}" / name) for name in names]
-            values = (None, None, None) if None in runs else combine(runs)
-            for key, value in zip(results[row], values):
-                results[row][key].append(value)
+            values = {} if None in runs else combine(runs, row in recipe.second)
+            for key, found in results[row].items():
+                found.append(values.get(key))
     return results
 
 
-def combine(runs):
-    """Return (curve, minutes, sampled tokens) of one row of one seed.
+def combine(runs, second=False):
+    """Return {"curve", "minutes", and what SPENT names} of one row of one seed. second: of student 2 alone.
 
     Of two runs, the first trained student 1 and the second student 2; their curve is its end.
     """
     curve = runs[0][1]
+    if second:
+        curve = [(step, {name[2:]: score for name, score in scores.items() if name.startswith("2/")})
+                 for step, scores in curve]
     if len(runs) > 1:
         ends = {f"{student}/{name}": score for student, (_, evals) in enumerate(runs, 1)
                 for name, score in evals[-1][1].items()}
         curve = [(0, ends)]
-    seconds = [x for steps, _ in runs for step in steps for part, x in step["seconds"].items()
-               if part != "diagnose"]
-    return curve, sum(seconds) / 60, sum(steps[-1]["sampled_tokens"] for steps, _ in runs)
+    steps = [step for steps, _ in runs for step in steps]
+    seconds = [x for step in steps for part, x in step["seconds"].items() if part != "diagnose"]
+    ends = [steps[-1] for steps, _ in runs]
+    return {"curve": curve, "minutes": sum(seconds) / 60, "updates": len(steps),
+            "sampled_tokens": sum(end["sampled_tokens"] for end in ends),
+            "learned_tokens": sum(step["tokens"] for step in steps),
+            "teacher_tokens": sum(end.get("teacher_tokens", 0) for end in ends)}
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
@@ -173,7 +185,7 @@ def record_rows(recipe, results):
         if recipe.table:
             first = next(iter(recipe.table))
             record[row]["pareto"] = improvements(recipe, results[first]["curve"], found["curve"])
-        record[row] |= {"minutes": found["minutes"], "sampled_tokens": found["sampled_tokens"]}
+        record[row] |= {key: found[key] for key in ("minutes", *SPENT)}
     return record
 
 
@@ -182,7 +194,8 @@ def main_table(recipe, results, form):
     columns, expected = table_columns(recipe), recipe.expected.get(form, {})
     first = next(iter(recipe.table), None)
     pareto_headings = ["Pareto 1", "Pareto 2", "mutual Pareto"] if recipe.table else []
-    table = [["", *columns.values(), *pareto_headings, "minutes"]]
+    spent = SPENT if recipe.spent else {}
+    table = [["", *columns.values(), *pareto_headings, *spent.values(), "minutes"]]
     for row, record in record_rows(recipe, results).items():
         cells = []
         for i, column in enumerate(columns):
@@ -191,6 +204,9 @@ def main_table(recipe, results, form):
         for values in record.get("pareto", {}).values():
             known = defined(values)
             cells.append(f"{sum(known)}/{len(known)} seeds" if known and row != first else "")
+        for key in spent:
+            known, unit = defined(record[key]), 1 if key == "updates" else 1000
+            cells.append(f"{statistics.mean(known) / unit:.0f}" if known else "not run")
         table.append([row, *cells, seeds_cell(record["minutes"], spread=False)])
     return table
 
@@ -321,7 +337,7 @@ DRAWN = ("cosine", "GCG, %", "GCG beyond chance, %", "step, 1e-3")          # of
 
 def draw_pictures(plt, recipe, results, compared, examined, out):
     """Draw where the rows went, their differences, and what was diagnosed."""
-    draw = draw_students if recipe.table else draw_rows
+    draw = draw_students if recipe.table else draw_ends if recipe.spent else draw_rows
     draw(plt, recipe, results, out / "curves.png")
     if compared:
         pictured = [recipe.columns[column] for sets in recipe.axes.values() for column in sets]
@@ -386,6 +402,27 @@ def draw_rows(plt, recipe, results, path):
     trajectories.set(xlabel=x_title, ylabel=y_title, title="trajectories")
     ends.set(xlabel=x_title, ylabel=y_title, title="where each ends")
     ends.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(plt, figure, path)
+
+
+def draw_ends(plt, recipe, results, path):
+    """Draw where every seed of every row ends, pale, and the row's mean with its name."""
+    (x_title, x_sets), (y_title, y_sets) = recipe.axes.items()
+    figure, axis = plt.subplots(figsize=(9, 6.5))
+    for i, (row, found) in enumerate(results.items()):
+        ends = [curve[-1][1] for curve in found["curve"] if curve]
+        if not ends:
+            continue
+        x, y = ([percent(scores, sets) for scores in ends] for sets in (x_sets, y_sets))
+        reference, marker = row in recipe.references, "os^Dv"[i // 10 % 5]
+        color = "black" if reference else f"C{i % 10}"
+        axis.plot(x, y, marker, color=color, alpha=0.25, markersize=4)
+        axis.plot(statistics.mean(x), statistics.mean(y), "*" if reference else marker, color=color,
+                  markersize=11 if reference else 7, label=row)
+        axis.annotate(row, (statistics.mean(x), statistics.mean(y)), xytext=(5, 4), fontsize=7,
+                      textcoords="offset points")
+    axis.set(xlabel=x_title, ylabel=y_title, title="where each seed (pale) and each mean ends")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(plt, figure, path)
 
 

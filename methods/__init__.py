@@ -27,7 +27,7 @@ What a method may use of the run:
     run.route(rollouts)                 one Job per branch, each with its teacher
     run.score(jobs)                     the teachers read: fills lp, lq, and so the gaps
     run.objective                       this step's objective
-    run.memory, run.once(key, make)     what survives a restart
+    run.memory, run.once(key, make, of) what survives a restart: computed once, or once `of` a round
     run.notes                           further values for this step's line of metrics.jsonl, numbers also for
                                         the line on the screen
     run.without_side_effects()          for measurements; run.mean_rewards(model, sets, n) is one
@@ -36,7 +36,8 @@ What a method may use of the run:
     run.templates, run.gate_prompts     of --templates and --val_prompts
     run.cfg, run.state["step"]          every setting; the number of the step
 
-and of a model, to probe it (models.py): encode, decode, generate, hidden_states, and log_probs, as in
+and of a model, to probe it (models.py): encode, decode, generate, hidden_states, mean_hidden, and log_probs,
+as in
 
     completions = [r.ids_T for r in rollouts]
     run.student.log_probs([r.prompt_ids for r in rollouts], completions, run.cfg.micro_tokens)
@@ -46,6 +47,7 @@ and of a model, to probe it (models.py): encode, decode, generate, hidden_states
 import importlib
 import inspect
 import pkgutil
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +55,7 @@ from typing import Any
 
 import torch
 
-from config import GENERAL
+from config import GENERAL, Refused
 from losses import DIVERGENCES, LOSSES, Objective
 
 
@@ -129,12 +131,12 @@ def jobs_by_branch(run, learner, teacher, rollouts, weights):
             for group in by_branch(rollouts).values()]
 
 
-def written_once(run, prompts, write):
+def written_once(run, prompts, write, key="written"):
     """Return a rollout for each prompt as fixed data. write(prompts) makes it, once per run.
 
-    What was written survives a restart: run.memory holds token ids, text and reward of every prompt so far.
+    What was written survives a restart: run.memory[key] holds ids, text and reward of every prompt so far.
     """
-    known = run.memory.setdefault("written", {})
+    known = run.memory.setdefault(key, {})
     new = {prompt_key(p): p for p in prompts if prompt_key(p) not in known}
     for r in write(list(new.values())):
         known[prompt_key(r.prompt)] = [r.ids_T.tolist(), r.text, r.reward]
@@ -142,6 +144,28 @@ def written_once(run, prompts, write):
     for prompt in prompts:
         ids, text, reward = known[prompt_key(prompt)]
         out.append(run.fixed(prompt, ids, text, reward))
+    return out
+
+
+# ---- methods with rounds -----------------------------------------------------------------------------------
+
+def check_rounds(cfg):
+    """Refuse rounds of different lengths."""
+    if cfg.steps % cfg.rounds:
+        raise Refused(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has "
+                      "steps / rounds updates of each student")
+
+
+def turn(items, count, step, seed):
+    """Return the `count` items of a step, or fewer if there are fewer: the steps go through all items.
+
+    They are shuffled anew every time. A step that begins to do so can have an item twice.
+    """
+    count, out = min(count, len(items)), []
+    for position in range(step * count, (step + 1) * count):
+        epoch, i = divmod(position, len(items))
+        order = random.Random(f"{seed} {epoch}").sample(range(len(items)), len(items))
+        out.append(items[order[i]])
     return out
 
 
@@ -161,7 +185,8 @@ class Method:
     losses: tuple                           # names in losses.LOSSES that make sense with it, its own first
     own: dict                               # {flag: OwnFlag}
     defaults: dict                          # every flag that it has a default of its own for -> the default
-    teachers: str = "each"                  # --teachers: "each" branch has one, "one" for all, or "none"
+    teachers: str = "each"                  # --teachers: "each" branch has one, "one" for all, "none", or
+    #                                         "any" number of them under free names, all for all prompts
     students: int = 1
     needs: tuple = ()                       # what every training prompt has to have: "solution", "answer"
     samples: bool = True                    # whether it generates completions of the training prompts
@@ -231,5 +256,5 @@ for file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{file.name}")
 
 # In the order of --help; methods that ORDER does not name come last.
-ORDER = "sft seqkd kd gkd opd mopd camopd focus grpo dpo star opsd sdpo opcod".split()
+ORDER = "sft seqkd kd gkd okd compact opd mopd camopd focus grpo dpo apt sai_dpo star opsd sdpo opcod".split()
 METHODS = {name: METHODS[name] for name in ORDER} | METHODS

@@ -1,29 +1,40 @@
 """DPO: direct preference optimisation (Rafailov et al., arXiv 2305.18290), on fixed pairs or on own rollouts.
 
-    r(y) = log p(y | x) - log p_ref(y | x)                          summed over the completion's tokens
-    L    = - mean over pairs of log sigmoid(beta (r(chosen) - r(rejected)))                            (eq. 7)
+    h = log p(y+)/p_ref(y+) - log p(y-)/p_ref(y-)           y+ the chosen, y- the rejected, summed over tokens
+    L = mean over pairs of -log sigmoid(beta h)                                                       (eq. 7)
 
-Its gradient is that of -log p(chosen) + log p(rejected), each pair weighted with
-beta sigmoid(-beta (r(chosen) - r(rejected))): a policy gradient, which the fused loss computes.
+With label smoothing e (cDPO, Mitchell 2023) it is -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h), and
+IPO (Azar et al., 2310.12036, eq. 17) is (h - 1 / (2 beta))^2, where h takes means over tokens: so say its
+authors, according to TRL, which does the same.
+
+The gradient of L with respect to log p(y+) is L'(h), and to log p(y-) it is -L'(h). So it is that of
+-log p(y), weighted with -L'(h) and L'(h): a policy gradient, which the fused loss computes.
 """
 import torch
+from torch.nn.functional import logsigmoid
 
-from config import AMOUNT, POSITIVE, Refused
+from config import AMOUNT, POSITIVE, Refused, number
 
 from . import Job, by_prompt, method
 
+HALF = number(float, 0, most=0.5)
+
 
 def check(cfg):
-    """Refuse references that are not fixed, and a renewal of one that cannot be renewed."""
+    """Refuse references that are not fixed, and settings without an effect."""
     if cfg.self_teacher not in ("snapshot", "frozen"):
-        raise Refused("--method dpo: its reference must not move with the student; choose --self_teacher "
-                      "snapshot or frozen")
+        raise Refused(f"--method {cfg.method}: its reference must not move with the student; choose "
+                      "--self_teacher snapshot or frozen")
     if cfg.renew_every and cfg.self_teacher == "frozen":
         raise Refused("--renew_every needs --self_teacher snapshot")
+    if cfg.ipo and cfg.dpo_smoothing:
+        raise Refused("--dpo_smoothing has no effect with --ipo")
 
 
 def reads(run, model, row):
     """Refuse a prompt that can never make a pair. Nobody reads more than the prompt."""
+    if has_pair(row) and row["chosen"] == row["rejected"]:
+        raise Refused("its chosen and rejected texts are the same, so neither can be preferred")
     if run.cfg.rollouts == 1 and not has_pair(row):
         raise Refused("a prompt without chosen and rejected texts needs --rollouts of at least 2")
     return model.encode(row["prompt"])
@@ -31,12 +42,15 @@ def reads(run, model, row):
 
 @method(losses=("nll",), teachers="none", needs=("chosen|answer", "rejected|answer"), check=check,
         reads=reads, defaults=dict(rollouts=8, self_teacher="snapshot"))
-def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
+def dpo(run, *, dpo_beta: POSITIVE = 0.1, dpo_smoothing: HALF = 0.0, ipo: bool = False,
+        renew_every: AMOUNT = 0):
     """Prefer the chosen completion of a prompt over the rejected one, relative to a reference model.
 
     The reference is the self-teacher: the student as it started, or as it was when last renewed.
 
     dpo_beta        how sharply preferences count against staying close to the reference; DPO eq. 7
+    dpo_smoothing   probability with which a preference is taken to be the wrong way round; cDPO
+    ipo             the loss of IPO, which does not push a margin beyond 1 / (2 beta) nats per token
     renew_every     steps after which the reference becomes the student as it is; 0 = never
     """
     reference = run.self_teacher(run.student)
@@ -44,18 +58,7 @@ def dpo(run, *, dpo_beta: POSITIVE = 0.1, renew_every: AMOUNT = 0):
         if renew_every and step % renew_every == 0:
             run.refresh(reference)
         rollouts, pairs = preferences(run, run.draw())
-        job = Job(run.student, reference, rollouts, run.objective, tokens="sum", count=len(pairs))
-        paired = {i for pair in pairs for i in pair}
-        job.weights = [float(i in paired) for i in range(len(rollouts))]        # the others are not read
-        run.score([job])
-        reward = {i: -dpo_beta * job.gaps[i].double().sum() for i in paired}    # beta r(y): the gap is -r
-        margins = torch.stack([reward[i] - reward[j] for i, j in pairs]) if pairs else torch.zeros(0)
-        job.weights = [0.0] * len(rollouts)                 # then the gradient of -log sigmoid, see above
-        for (i, j), weight in zip(pairs, dpo_beta * torch.sigmoid(-margins)):
-            job.weights[i] += weight
-            job.weights[j] -= weight
-        run.notes |= pair_stats(rollouts, pairs, margins)
-        yield [job]
+        yield [preference_job(run, reference, rollouts, pairs, dpo_beta, dpo_smoothing, ipo)]
 
 
 def has_pair(prompt):
@@ -64,27 +67,68 @@ def has_pair(prompt):
 
 
 def preferences(run, prompts):
-    """Return (rollouts, [(index of the chosen, index of the rejected)]).
-
-    A prompt with `chosen` and `rejected` texts has that pair. For another one the student's first correct
-    and first wrong rollout make a pair; where all are correct or all are wrong there is none.
-    """
+    """Return (rollouts, pairs): of prompts' `chosen` and `rejected` texts, or of graded rollouts."""
     fixed = [prompt for prompt in prompts if has_pair(prompt)]
-    rollouts = run.references(fixed, "chosen") + run.references(fixed, "rejected")
-    pairs = [(i, len(fixed) + i) for i in range(len(fixed))]
-    rollouts += run.sample(run.student, [prompt for prompt in prompts if not has_pair(prompt)])
-    place = {id(r): i for i, r in enumerate(rollouts)}
-    for group in by_prompt(rollouts[2 * len(fixed):]).values():
+    chosen, rejected = run.references(fixed, "chosen"), run.references(fixed, "rejected")
+    sampled = run.sample(run.student, [prompt for prompt in prompts if not has_pair(prompt)])
+    return chosen + rejected + sampled, [*zip(chosen, rejected), *graded_pairs(run, sampled)]
+
+
+def graded_pairs(run, rollouts):
+    """Return [(first correct rollout, first wrong one)] of the prompts that have both; count the others.
+
+    Of scores between 0 and 1 they are the best and the worst.
+    """
+    pairs, skipped = [], {}
+    for group in by_prompt(rollouts).values():
         best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
         if best.reward > worst.reward:
-            pairs.append((place[id(best)], place[id(worst)]))
-    return rollouts, pairs
+            pairs.append((best, worst))
+        else:
+            why = {1: "all correct", 0: "all wrong"}.get(best.reward, "all of the same score")
+            skipped[why] = skipped.get(why, 0) + 1
+    run.notes["skipped"] = skipped
+    return pairs
 
 
-def pair_stats(rollouts, pairs, margins):
-    """Return what metrics.jsonl shows of a step's pairs: the loss, and means over pairs."""
-    mean = lambda numbers: sum(numbers) / max(len(numbers), 1)
-    return {"pairs": len(pairs), "dpo_loss": mean((-torch.nn.functional.logsigmoid(margins)).tolist()),
-            "margin": mean(margins.tolist()), "preferred": mean((margins > 0).double().tolist()),
-            "length_chosen": mean([len(rollouts[i].ids_T) for i, _ in pairs]),
-            "length_rejected": mean([len(rollouts[j].ids_T) for _, j in pairs])}
+def preference_job(run, reference, rollouts, pairs, beta, smoothing=0.0, ipo=False):
+    """Return the Job whose gradient is that of the preference loss; note what metrics.jsonl shows of it.
+
+    pairs: (chosen, rejected) Rollouts, which are among the rollouts. The others are not read or learned.
+    """
+    job = Job(run.student, reference, rollouts, run.objective, weights=[0.0] * len(rollouts),
+              tokens="mean" if ipo else "sum", count=len(pairs))
+    run.notes["pairs"] = len(pairs)
+    if not pairs:
+        return job
+    place = {id(r): i for i, r in enumerate(rollouts)}
+    chosen, rejected = ([place[id(r)] for r in side] for side in zip(*pairs))
+    for i in chosen + rejected:
+        job.weights[i] = 1.0                                # to be read
+    run.score([job])
+
+    def log_ratios(side):                                   # log p(y) - log p_ref(y): the gap is the opposite
+        gaps = [job.gaps[i].double() for i in side]
+        return -torch.stack([gap_T.mean() if ipo else gap_T.sum() for gap_T in gaps])
+    chosen_P, rejected_P = log_ratios(chosen), log_ratios(rejected)
+    h_P = (chosen_P - rejected_P).requires_grad_()
+    loss_P = preference_loss(h_P, beta, smoothing, ipo)
+    slope_P, = torch.autograd.grad(loss_P.sum(), h_P)       # L'(h)
+    job.weights = [0.0] * len(rollouts)
+    for i, j, slope in zip(chosen, rejected, slope_P):
+        job.weights[i] -= slope
+        job.weights[j] += slope
+
+    means = dict(dpo_loss=loss_P, margin=beta * h_P, preferred=(h_P > 0).double(),
+                 reward_chosen=beta * chosen_P, reward_rejected=beta * rejected_P)
+    run.notes |= {name: x_P.mean().item() for name, x_P in means.items()}
+    for name, side in (("length_chosen", chosen), ("length_rejected", rejected)):
+        run.notes[name] = sum(len(rollouts[i].ids_T) for i in side) / len(pairs)
+    return job
+
+
+def preference_loss(h_P, beta, smoothing, ipo):
+    """Return the loss of every pair from the difference of its log-ratios, in nats; see above."""
+    if ipo:
+        return (h_P - 1 / (2 * beta)) ** 2
+    return -(1 - smoothing) * logsigmoid(beta * h_P) - smoothing * logsigmoid(-beta * h_P)

@@ -20,7 +20,7 @@ from collections import Counter
 from config import AMOUNT, COUNT, NOT_NEGATIVE, OneOf, Refused
 from data.graders import complaint
 
-from . import EMA, any_divergence, method
+from . import EMA, any_divergence, check_rounds, method
 from .feedback import accept, last_question, reprompt, tutor_prompt
 from .oneself import demonstrations, self_taught
 
@@ -36,9 +36,7 @@ def check(cfg):
         raise Refused(f"--method {cfg.method} needs validation prompts for every branch "
                       f"({', '.join(branches)}), but --val_prompts has: "
                       f"{', '.join(cfg.val_prompts) or 'none'}")
-    if cfg.steps % cfg.rounds:
-        raise Refused(f"--steps {cfg.steps} is not a multiple of --rounds {cfg.rounds}: every round has "
-                      "steps / rounds updates of each student")
+    check_rounds(cfg)
 
 
 def reads(run, model, row):
@@ -77,7 +75,7 @@ def opcod(run, *, rounds: COUNT = 2, tau: NOT_NEGATIVE = 0.2,
         tutee, tutor = run.students[first], run.students[1 - first]
         run.train_only(tutee)
         # in the checkpoint: a resumed round keeps its gate
-        decided = run.once(f"gate of round {number}", lambda: cognizance(run, tau, gate, break_prompts))
+        decided = run.once("gate", lambda: cognizance(run, tau, gate, break_prompts), of=number)
         if first == 0 and step_of_turn == 0:
             run.notes["gate"] = {"round": number, **decided}
         rollouts = run.sample(tutee, run.draw(student=tutee))

@@ -32,7 +32,7 @@ def seqkd(run):
         yield [Job(run.student, None, rollouts, run.objective)]
 
 
-@method(losses=any_divergence("fkl"), needs=("solution",), samples=False)
+@method(losses=any_divergence("fkl"), needs=("solution",), samples=False, defaults=dict(ce_weight=0.0))
 def kd(run):
     """Word-level KD: the teachers' distributions on the files' `solution`s. Hinton et al., 1503.02531."""
     for step in run.steps():

@@ -64,6 +64,8 @@ def argv(tmp_path, models, prompts):
         ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6,
                     device="cpu", out=tmp_path / f"out{build.calls}",
                     teachers=[] if method.teachers == "none" else [models / "wide"])
+        if method.teachers == "any":
+            ours["teachers"] = [f"{name}={models / name}" for name in ("b", "wide")]
         if "templates" in method.defaults:
             ours["templates"] = tmp_path / "templates.json"
             ours["templates"].write_text(json.dumps(TEMPLATES))
@@ -71,6 +73,8 @@ def argv(tmp_path, models, prompts):
             pair = lambda name: [f"{branch}={prompts(name + branch)}" for branch in ("words", "more")]
             ours |= dict(student=[models / "a", models / "b"], prompts=pair(""), val_prompts=pair("val"),
                          break_prompts=2, feedback_tokens=6)
+        if "rounds" in method.own:
+            ours["rounds"] = 2
         flags = ours | flags
         words = []
         for flag, value in flags.items():

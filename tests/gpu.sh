@@ -7,7 +7,7 @@
 #   check   whether the fused loss is right at real size; the card's limits, each matrix product's speed
 #   tests   the tests that use the device
 #   bench   bench.md bench.json bench.png: the row kernel, the fused loss against its floor and its peers
-#   decode  milliseconds per sampled token: generate, and a step in a CUDA graph (tests/decode.py)
+#   decode  milliseconds per sampled token: transformers' generate, and our own sampler
 #   real    real_size.md real_size.json: steps of Qwen3-0.6B and 4B, memory beside its prediction
 #   small   the small world in short form, four more minutes
 #

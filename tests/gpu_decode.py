@@ -1,4 +1,4 @@
-"""Milliseconds per sampled position: generate as it is, and a step in a CUDA graph (tests/decode.py).
+"""Milliseconds per sampled position: transformers' generate, and our own sampler (sampler.py).
 
     python tests/gpu_decode.py [--device cpu]       a Qwen3-0.6B with random weights; cpu: one in small
 """
@@ -11,7 +11,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import models                   # before transformers, which it keeps from importing our kernels/
-import decode
+import sampler
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 parser = argparse.ArgumentParser()
@@ -55,8 +55,9 @@ def off(prompts, out):
 for B, few, many in ((64, 8, 40), (128, 8, 40)) if on == "cuda" else ((4, 2, 4),):
     lengths = [128 - i % 8 if on == "cuda" else 5 - i % 3 for i in range(B)]
     prompts = [torch.randint(1, 300, (n,)).tolist() for n in lengths]
-    for name, f in (("generate", lambda n: model.generate(prompts, 1.0, 1.0, n, B)),
-                    ("graph", lambda n: decode.decode(model, prompts, n))):
+    for name in ("transformers", "ours"):
+        model.served = name == "ours"
+        f = lambda n: model.generate(prompts, 1.0, 1.0, n, B)
         try:
             ms, out = per_step(f, few, many)
             print(f"B {B} {name}: {ms:.2f} ms per step, {B / ms * 1e3:.0f} tokens/s, "
@@ -66,5 +67,5 @@ for B, few, many in ((64, 8, 40), (128, 8, 40)) if on == "cuda" else ((4, 2, 4),
 if on == "cuda":
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as measured:
-        decode.decode(model, prompts, 18)
+        sampler.sample(model, prompts, 1.0, 1.0, 18, B)
     print(measured.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))

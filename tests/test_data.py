@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import convert, sciknoweval, small_world
+from data import convert, sciknoweval, small_all, small_world
+from data.files import read_lines
 from data.graders import FORMS, GRADERS, can_be_correct, complaint, grade
 from data.prompts import is_chat, load_prompts, prompt_text
+from methods.feedback import read_templates, reprompt, tutor_prompt, with_answer
 from models import Model
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -152,6 +154,69 @@ def test_small_world_tokenizer_round_trips_and_survives_saving(tmp_path):
         text = row["prompt"] + row["answer"]
         assert (loaded.decode(loaded(text).input_ids) == text
                 and loaded.unk_token_id not in loaded(text).input_ids)
+
+
+@pytest.fixture(scope="session")
+def every_method(tmp_path_factory):
+    """The folder of a small data/small_all.py, and {name: rows} of its files."""
+    out = tmp_path_factory.mktemp("small_all")
+    small_all.build(out, 0, generalist=2000, specialist=1000, prompts=64, references=48, evaluation=24,
+                    validation=16)
+    return out, {path.stem: read_lines(path) for path in out.glob("*.jsonl")}
+
+
+def test_small_all_teachers_learn_to_read_what_its_templates_say(every_method):
+    """A told answer, and another one's response to correct: in the forms in which the methods ask."""
+    out, files = every_method
+    templates = read_templates(out / "templates.json")
+    assert reprompt("rev pam>", templates, solution="map") == "is map;rev pam>"
+    assert reprompt("rev pam>", templates, environment="x", peer="map") == "is x;is map;rev pam>"
+    assert with_answer("rev pam>", templates, "map") == "is map;rev pam>"
+    for anchored in (True, False):
+        assert tutor_prompt("rev pam>", "mpa", templates, "x", "y", anchored) == "check rev pam>mpa|"
+    for teacher in ("generalist", "specialist"):
+        told = [row for row in files[teacher] if row["prompt"].startswith("is ")]
+        checked = [row for row in files[teacher] if row["prompt"].startswith("check ")]
+        assert all(abs(len(some) / len(files[teacher]) - 0.1) < 0.03 for some in (told, checked))
+        assert all(row["prompt"].startswith(f"is {row['solution']};") for row in told)
+        right = sum(row["prompt"].endswith(f">{row['solution']}|") for row in checked) / len(checked)
+        assert 0.2 < right < 0.45
+    found = [(row, re.fullmatch(r"(is \S+;|check |)rev (\w+)>(\w+\||)", row["prompt"]))
+             for row in files["generalist"]]
+    found = [(row["solution"], match) for row, match in found if match]
+    assert len({match[1][:3] for _, match in found}) == 3                   # all forms
+    assert all(solution == match[2][::-1] for solution, match in found)     # with the right answer
+
+
+def test_small_all_has_no_unknown_token_and_evaluates_on_prompts_of_its_own(every_method):
+    """Evaluation prompts are in no file for training, in no form; closed sets of facts are the exception."""
+    out, files = every_method
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(out / "init")
+    assert tok.decode(tok("is check").input_ids[::2]) == "ischeck" and len(tok("is check").input_ids) == 3
+    for row in (row for rows in files.values() for row in rows):
+        text = row["prompt"] + row["solution"] if "solution" in row else row["prompt"]
+        text += "".join(row.get("rationales", {}).values())
+        ids = tok(text).input_ids
+        assert tok.unk_token_id not in ids and tok.decode(ids) == text
+    closed = {f"what {x}>" for x in small_world.CAPITALS} | {f"next {x}>" for x in small_world.SYMBOLS}
+    closed |= {f"what {name}>" for name, _ in small_world.ELEMENTS.values()}
+    seen = {re.sub("^is [^;]*;|^check |(?<=>).*", "", row["prompt"])
+            for name, rows in files.items() if not name.startswith("eval") for row in rows}
+    evaluated = {row["prompt"] for name, rows in files.items() if name.startswith("eval") for row in rows}
+    assert len(evaluated - closed) > 30 and not evaluated & seen - closed and len(seen) > 1000
+
+
+def test_small_all_misleading_rationales_are_another_prompts_solution(every_method):
+    _, files = every_method
+    for branch, count in (("general", 48), ("domain", 24)):
+        references, rows = files[f"{branch}_references"], files[f"{branch}_rationales"]
+        assert len(rows) == count and len(files[f"val_{branch}"]) == 16
+        for row, reference in zip(rows, references, strict=True):
+            misleading = row["rationales"]["misleading"]
+            assert row == reference | {"rationales": {"misleading": misleading}}
+            assert misleading != row["solution"]
+            assert misleading in [other["solution"] for other in references if other["skill"] == row["skill"]]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")

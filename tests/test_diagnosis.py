@@ -400,7 +400,8 @@ def leave(folder, score, diagnoses=()):
     """A run that has ended with this score."""
     (folder / "final").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"device_name": "cpu", "versions": {"torch": "2"}}))
-    step = {"branch": "b", "loss": 1.0, "seconds": {"update": 3.0}, "sampled_tokens": 5}
+    step = {"branch": "b", "loss": 1.0, "seconds": {"update": 3.0}, "tokens": 5,
+            "sampled_tokens": 5}
     lines = [{"step": -1, "eval": {"x": 0.9}}, step | {"step": 0, "eval": {"x": score / 2}},
              step | {"step": 1, "eval": {"x": score}}]
     for line, found in zip(lines, diagnoses):

@@ -1,6 +1,5 @@
 """The protocol between methods and the loop, and the methods that no other file tests."""
 import ast
-import json
 import shutil
 import subprocess
 import sys
@@ -8,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORD_ROWS, die_at, gradients, metrics, parameters
+from conftest import die_at, metrics, parameters
 
-import methods
 import opd
 from config import Refused
 from data.folder import rollout_stats
@@ -18,15 +16,11 @@ from losses import LOSSES, Objective
 from methods import METHODS, Job, any_divergence, method
 
 ROOT = Path(__file__).parent.parent
-PAIRS = [{"prompt": "rev abc>", "chosen": "cba", "rejected": "abc"},
-         {"prompt": "last q>", "chosen": "q", "rejected": "xy"}]
-
-GRADED = [{key: row[key] for key in ("prompt", "answer")} for row in WORD_ROWS]
 
 
 # ---- rooms -------------------------------------------------------------------------------------------------
 
-FLOORS = ["losses", "kernels", "config", "models", "data", "methods", "lab", "opd"]     # each uses lower ones
+FLOORS = ["losses", "kernels", "config", "sampler", "models", "data", "methods", "lab", "opd"]
 FILES = [path for room in FLOORS for path in (ROOT / f"{room}.py", *(ROOT / room).glob("*.py"))
          if path.exists()]
 
@@ -261,103 +255,3 @@ def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
     again = start(**flags, save_every=2, out=cut.out, resume=True)
     opd.train(again)
     assert torch.equal(parameters(again.teacher), ends[0]) and torch.equal(parameters(again.student), ends[1])
-
-
-# ---- dpo ---------------------------------------------------------------------------------------------------
-
-def double(run):
-    teacher = run.self_teacher(run.student)
-    for model in (run.student, teacher):
-        model.net.double()
-        model.dtype = torch.float64
-    teacher.values = {p: value.double() for p, value in teacher.values.items()}
-    return run
-
-
-def dpo_by_hand(run, beta, rows):
-    """DPO's loss by autograd on the logits of transformers itself, with another model as reference."""
-    def log_prob(net, prompt, text):
-        ids, answer = run.student.encode(prompt), run.student.encode_completion(text)
-        logp = torch.log_softmax(net(torch.tensor([ids + answer])).logits[0, :, :run.student.vocab], -1)
-        return sum(logp[len(ids) - 1 + t, i] for t, i in enumerate(answer))
-
-    reference, margins = run.self_teacher(run.student), []
-    for row in rows:
-        ratio = {}
-        for side in ("chosen", "rejected"):
-            with torch.no_grad(), reference.on_device():
-                anchor = log_prob(reference.net, row["prompt"], row[side])
-            ratio[side] = log_prob(run.student.net, row["prompt"], row[side]) - anchor
-        margins.append(beta * (ratio["chosen"] - ratio["rejected"]))
-    margins = torch.stack(margins)
-    return -torch.nn.functional.logsigmoid(margins).mean(), margins
-
-
-@pytest.mark.parametrize("kind", ["frozen", "snapshot"])
-def test_the_gradient_of_dpo_is_that_of_its_loss(start, prompts, kind):
-    """Sums over tokens, the mean over pairs, beta in both places: against autograd in float64."""
-    run = double(start(method="dpo", prompts=[prompts("p", PAIRS)], self_teacher=kind, dpo_beta=0.3, batch=2))
-    with torch.no_grad():                                           # a student that has moved
-        for p in run.student.net.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    [job] = next(run.jobs())
-    opd.backward(run, job, opd.weigh([job])[0])
-    ours, noted = gradients(run.student), dict(run.notes)
-    run.student.net.zero_grad()
-    loss, margins = dpo_by_hand(run, 0.3, PAIRS)
-    loss.backward()
-    exact = gradients(run.student)
-    assert margins.abs().max() > 1e-3 and (ours - exact).abs().max() < 1e-5 * exact.abs().max()
-    assert noted["dpo_loss"] == pytest.approx(loss.item(), rel=1e-5) and noted["pairs"] == 2
-    assert noted["preferred"] == pytest.approx((margins > 0).double().mean().item())
-
-
-def test_dpo_learns_to_prefer_the_chosen_and_its_reference_stays_or_is_renewed(start, prompts):
-    flags = dict(method="dpo", prompts=[prompts("p", PAIRS)], batch=2, steps=6, lr=3e-3)
-    fixed, renewed = start(**flags), start(**flags, renew_every=2)
-    anchor = [value.clone() for value in fixed.self_teacher(fixed.student).values.values()]
-    for run in (fixed, renewed):
-        opd.train(run)
-    margins = [line["margin"] for line in metrics(fixed)]
-    assert margins[0] == 0 and margins[-1] > max(margins[1], 0.1) and metrics(fixed)[-1]["preferred"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(anchor, fixed.self_teacher(fixed.student).values.values()))
-    assert [line["margin"] == 0 for line in metrics(renewed)] == [True, False] * 3
-    with pytest.raises(Refused, match="--renew_every needs --self_teacher snapshot"):
-        start(**flags, renew_every=2, self_teacher="frozen")
-
-
-def test_dpo_makes_pairs_of_graded_rollouts_and_skips_prompts_without_one(start, prompts, monkeypatch):
-    """A correct and a wrong rollout of one prompt are a pair; all correct or all wrong teach nothing."""
-    run = start(method="dpo", rollouts=3, batch=3, prompts=[prompts("g", GRADED)])
-    rewards = iter([0, 1, 0, 1, 1, 1, 0, 0, 0])
-    monkeypatch.setattr(opd, "grade", lambda *args: float(next(rewards)))
-    rollouts, pairs = methods.dpo.preferences(run, run.prompts["main"][:3])
-    assert len(rollouts) == 9 and pairs == [(1, 0)]
-
-
-def test_dpo_reads_only_the_rollouts_that_are_paired(start, prompts, monkeypatch):
-    """Seven of eight rollouts of a prompt teach nothing; reading them would cost the most of a step."""
-    run = start(method="dpo", rollouts=4, batch=2, steps=1, prompts=[prompts("g", GRADED)])
-    rewards = iter([0, 1, 0, 1, 1, 1, 1, 1])
-    monkeypatch.setattr(opd, "grade", lambda *args: float(next(rewards)))
-    [job] = next(run.jobs())
-    assert [gap_T is not None for gap_T in job.gaps] == [True, True] + [False] * 6
-    assert job.weights[0] == -job.weights[1] == -0.05 and not any(job.weights[2:])
-
-
-def test_dpo_refuses_prompts_without_pairs_and_answers(start, prompts):
-    with pytest.raises(Refused, match="needs --rollouts of at least 2"):
-        start(method="dpo", rollouts=1, prompts=[prompts("g", GRADED)])
-    with pytest.raises(Refused, match='has no "chosen" or "answer", which --method dpo needs'):
-        start(method="dpo", prompts=[prompts("p", [{"prompt": "last q>"}])])
-
-
-def test_dpo_step_without_a_pair_changes_nothing_but_is_logged(start, prompts, monkeypatch):
-    run = start(method="dpo", rollouts=2, steps=1, optimizer="sgd", weight_decay=0.0,
-                prompts=[prompts("g", GRADED)])
-    monkeypatch.setattr(opd, "grade", lambda *args: 0.0)
-    before = parameters(run.student)
-    opd.train(run)
-    [line] = metrics(run)
-    assert torch.equal(parameters(run.student), before) and line["pairs"] == line["kept"] == 0
-    assert json.loads((run.out / "config.json").read_text())["dpo_beta"] == 0.1

@@ -16,7 +16,7 @@ CONFIG = {"student": ["models/a"], "eval_top_p": 1.0, "teachers": {}, "method": 
 
 def step(number, **extra):
     return {"step": number, "loss": 1.0, "value": 0.5, "branch": "physics", "seconds": {"sample": 3.0},
-            "memory_gib": 1.0, "sampled_tokens": 10 * (number + 1)} | extra
+            "memory_gib": 1.0, "tokens": 7, "sampled_tokens": 10 * (number + 1)} | extra
 
 
 def scored(number, **scores):
@@ -283,4 +283,50 @@ def test_recipes_without_a_table_report_as_before(tmp_path):
         "| second | 30.0 ± 0.0 | 50.0 ± 0.0 | 0.1 |\n\n![curves](curves.png)\n")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["first"] == {"physics": [50, 60], "chemistry": [30, 30], "minutes": [0.05, 0.05],
-                             "sampled_tokens": [10, 10]}
+                             "updates": [1, 1], "sampled_tokens": [10, 10], "learned_tokens": [7, 7],
+                             "teacher_tokens": [0, 0]}
+
+
+def test_a_table_of_everything_says_what_each_row_spent_and_shows_every_seed(tmp_path, monkeypatch):
+    """Rows that cannot keep to a common budget are seen; of two students the second one is compared."""
+    panels = Panels(monkeypatch)
+    names = ("start", "alone", "co", "missing")
+    recipe = pair(rows=dict.fromkeys(names, {}), table={}, expected={}, spent=True, second=("co",),
+                  references=("start",))
+    for number in (0, 1):
+        for name, scores in (("start", dict(physics=0.5, chemistry=0.3)),
+                             ("alone", dict(physics=0.4, chemistry=0.4 + number / 5)),
+                             ("co", both((0.1, 0.8), (0.2, 0.9)))):
+            lines = [step(i, tokens=400, sampled_tokens=5000 * (i + 1), teacher_tokens=900 * (i + 1))
+                     for i in range(3)]
+            leave(tmp_path / f"seed{number}" / name, [scored(-1, **scores), *lines, scored(2, **scores)])
+    tables.write_recipe("everything", recipe, tmp_path, 2, "full")
+    table = table_of((tmp_path / "report.md").read_text(), "")
+    assert table[""] == ["Phys.", "Chem.", "updates", "sampled, k", "learned, k", "by teachers, k", "minutes"]
+    assert table["alone"] == ["40.0 ± 0.0", "50.0 ± 14.1", "3", "15", "1", "3", "0.1"]
+    assert table["co"][:2] == ["80.0 ± 0.0", "90.0 ± 0.0"] and table["missing"] == ["not run"] * 7
+    axis = panels["where each seed (pale) and each mean ends"]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+    assert len(drawn) == 6 and [len(xs) for xs, _ in drawn] == [2, 1] * 3       # every seed, then the mean
+    assert [text.get_text() for text in axis.texts] == ["start", "alone", "co"]
+
+
+def test_a_report_shows_rounds_what_was_left_out_and_the_weights_of_teachers(tmp_path, monkeypatch):
+    panels = Panels(monkeypatch)
+    weights = lambda i: {"good": 0.6 + i / 100, "misleading": 0.4 - i / 100}
+    lines = [step(i, skipped={"all correct": 2, "all wrong": i}, teacher_weight=weights(i), pass_rate=0.5,
+                  pass_rate_at_first=0.75) for i in range(4)]
+    lines[0]["round"] = {"probed": 320, "pass rate": 0.53125, "drawn": 3}
+    lines[2]["round"] = {"probed": 320, "pass rate": None, "drawn": 0}
+    leave(tmp_path / "run", lines)
+    report.write_run(tmp_path / "run")
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert table_of(text, "round") == {
+        "round": ["probed", "pass rate", "drawn"], "---": ["---"] * 3, "1": ["320", "0.531", "3"],
+        "2": ["320", "none", "0"]}
+    assert "Left out, as they teach nothing: 8 x all correct, 6 x all wrong." in text
+    axis = panels["weight of a teacher's rationales"]
+    assert {line.get_label(): line.get_ydata()[-1] for line in axis.get_lines() if line.get_label()[0] != "_"
+            } == pytest.approx({"good": 0.63, "misleading": 0.37})
+    labels = [line.get_label() for line in panels["correct rollouts of drawn problems, %"].get_lines()]
+    assert "in this round" in labels and "when first probed" in labels
