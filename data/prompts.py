@@ -7,7 +7,9 @@ A prompt file has one JSON object per line:
     answer      what `grader` compares a completion with                                        (optional)
     grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
     chosen, rejected    completions of which dpo prefers the first                              (optional)
+    rationales  {teacher's name: text}, what compact weighs                                     (optional)
 
+A row may have further fields, such as its topic, which sai_dpo can cluster by.
 Only prompts go through a chat template. Completions are token ids, from the sampler or from
 Model.encode_completion (models.py), and the same for student and teacher, whatever prompt each of them saw.
 """

@@ -57,6 +57,32 @@ def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
     return net
 
 
+def write_sized(folder, shape, ids, seed, rows=None, dtype=None):
+    """Write a Qwen3 of a real model's shape with random weights, and a tokenizer of `ids` ids.
+
+    shape: arguments of Qwen3Config. rows: of the head, at least `ids`.
+    """
+    import models  # noqa: F401     # first, as in `tokenizer`
+    import tokenizers
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    known = [*SPECIAL, *map(chr, range(32, 127)), "\n"]
+    words = known + [f"token{i}" for i in range(ids - len(known))]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)},
+                                                            unk_token=" "))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                  chat_template=CHATML)
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(Qwen3Config(
+        **shape, vocab_size=rows or ids, tie_word_embeddings=True, eos_token_id=tok.eos_token_id,
+        bos_token_id=None, pad_token_id=tok.pad_token_id, max_position_embeddings=4096,
+    )).to(dtype or torch.float32).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
 def texts(path):
     """Yield the prompts and solutions of a prompt file."""
     from models import messages         # here, as in `tokenizer`

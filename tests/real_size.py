@@ -41,22 +41,10 @@ ROOM = 40 << 30         # bytes that models and a run's last checkpoint may need
 
 def write_models(folder, sizes, ids, rows, device):
     """Folders student and teacher: a tokenizer of `ids` ids, a letter each, and heads of `rows` rows."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    known = [*scratch.SPECIAL, *map(chr, range(32, 127)), "\n"]
-    words = known + [f"token{i}" for i in range(ids - len(known))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=" "))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>",
-                                               pad_token="<|endoftext|>", chat_template=scratch.CHATML)
-    for name, size in sizes.items():
-        config = transformers.Qwen3Config(
-            **QWEN3[size], vocab_size=rows, num_key_value_heads=8 if size != "small" else 1, head_dim=128,
-            tie_word_embeddings=True, eos_token_id=tok.eos_token_id, max_position_embeddings=4096)
+    for seed, (name, size) in enumerate(sizes.items()):
+        shape = QWEN3[size] | dict(num_key_value_heads=8 if size != "small" else 1, head_dim=128)
         with torch.device(device):
-            net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        net.save_pretrained(folder / name)
-        tok.save_pretrained(folder / name)
-        del net
+            scratch.write_sized(folder / name, shape, ids, seed, rows, torch.bfloat16)
     if device == "cuda":
         torch.cuda.empty_cache()                # the runs are processes of their own
 
