@@ -11,7 +11,7 @@ Parameters that learn are kept in float32, and frozen ones in --dtype. The compu
 but the residual stream and the norms are float32 in both (a quantised teacher's norms stay as they come).
 Otherwise the gap between two equal models would not be 0 but their rounding errors.
 
-Other files import transformers inside functions, and this file before it: see below about `kernels`.
+Other files import transformers, or sampler.py, after this file: see below about `kernels`.
 """
 import contextlib
 import copy
