@@ -32,7 +32,6 @@ import hashlib
 import importlib
 import json
 import math
-import random
 import sys
 import time
 from dataclasses import replace
@@ -50,7 +49,7 @@ from data.graders import grade
 from data.prompts import load_prompts
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
-from methods import METHODS, Job, Rollout, by_branch
+from methods import METHODS, Job, Rollout, by_branch, shuffled
 from methods.feedback import Templates, read_templates
 from models import micro_batches
 from sampler import default_rows
@@ -190,8 +189,10 @@ def update(run, jobs, weights):
         name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
         name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
+    own = [i for i, job in enumerate(jobs) if job.learner in run.students]      # not a teacher that learns
+    of_students = ([x[i] for i in own] for x in (jobs, weights, stats))
     return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
-            **rollout_stats(jobs, weights, stats), **({"branches": by_job} if len(jobs) > 1 else {})}
+            **rollout_stats(*of_students), **({"branches": by_job} if len(jobs) > 1 else {})}
 
 
 # ---- what score, weigh, backward and update need -----------------------------------------------------------
@@ -383,7 +384,7 @@ class Run:
         self.notes = {}                                         # what a method adds to a step's metrics
         self.longest = check_prompts(self)
         cfg.sample_batch = cfg.sample_batch or default_rows(
-            self.student, max(self.longest.prompt, self.longest.read) + cfg.max_new_tokens)
+            self.student, max(self.longest.prompt, self.longest.read) + cfg.max_new_tokens, cfg.device)
         if checkpoint and not cfg.dry_run:
             self.state = self.folder.restore(self.learners)
 
@@ -405,6 +406,8 @@ class Run:
     def load_models(self, checkpoint):
         """Load students, teachers and self-teachers (models.py)."""
         cfg = self.cfg
+        if cfg.device != "cpu" and not cfg.dry_run:
+            torch.cuda.set_device(cfg.device)                   # streams and graphs are of the current device
         self.students = models.load_students(cfg, checkpoint, self.method.teacher_learns)
         self.student = self.students[0]
         by_path = models.load_teachers(cfg, checkpoint, self.students, self.method.teacher_learns)
@@ -554,7 +557,8 @@ class Run:
         """Let the teachers read the Jobs' rollouts: see `score`."""
         with self.timed("score"):
             for job in jobs:
-                self.state["teacher_tokens"] += score(job, gaps, self.cfg.micro_tokens)
+                read = score(job, gaps, self.cfg.micro_tokens)
+                self.state["teacher_tokens"] += read if job.learner in self.students else 0
 
     def self_teacher(self, student):
         """Return the model by which a student teaches itself."""
@@ -623,14 +627,6 @@ class Run:
             torch.cuda.synchronize(device)
             self.peaks[part] = max(self.peaks.get(part, 0), torch.cuda.max_memory_allocated(device))
         self.clock[part] = self.clock.get(part, 0.0) + time.perf_counter() - started
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(count, seed):
-    """Return a permutation of range(count) that depends on the seed string alone."""
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
 
 
 def lab(name, flag=None):

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
 from collections import deque
 
 import torch
@@ -30,8 +31,10 @@ STEPS = {"cuda": 16, "cpu": 1}          # between two looks at which rows are do
 REFILL = 8                              # free rows are filled when they are one in so many
 PREFILL = 16384                         # tokens of prompts, padding included, in one forward pass
 LENGTHS = 256                           # a graph's attention reads the cache up to a multiple of so many
+FEW = 8                                 # rows that are not worth shrinking
 MOST_ROWS, ROWS = 512, 64               # of the default; of the default with transformers' generate
-CACHE = {"cuda": 1 / 4, "cpu": 2**30}   # the cache's share of a GPU's memory; its bytes on a CPU
+SHARE, ASSUMED = 1 / 4, 80 * 2**30      # of a GPU's memory for the cache; that of a GPU that is not here
+CPU_CACHE = 2**30                       # bytes of the cache on a CPU
 LOGITS = 5                              # float32 copies of the newest logits while a token is drawn
 
 
@@ -43,6 +46,8 @@ def sample(model, prompts, temperature, top_p, max_new_tokens, rows):
     Otherwise logp_T are the log-probabilities under the distribution that was sampled from, with temperature
     and top_p applied.
     """
+    if not prompts:
+        return []
     complete = decode if model.served else generate
     with model.forward_context():
         found = complete(model, prompts, temperature, top_p, max_new_tokens, min(rows, len(prompts)))
@@ -112,7 +117,8 @@ class Slots(Cache):
 
     def keep(self, rows):
         """Keep some rows only."""
-        self.kept = {layer: tuple(x[rows] for x in pair) for layer, pair in self.kept.items()}
+        for layer, pair in self.kept.items():                   # one by one, so that the old ones go
+            self.kept[layer] = tuple(x[rows] for x in pair)
 
     def get_seq_length(self, *args):
         """Return 0: the network is always told the positions."""
@@ -196,9 +202,13 @@ class Decoder:
         ids_b, logp_b = self.draw(hidden_bPH[torch.arange(len(rows), device=device), length_b - 1])
         self.ids_B[rows_b], self.at_B[rows_b], self.count_B[rows_b] = ids_b, length_b, 1
         self.out_BN[rows_b, 0], self.logp_BN[rows_b, 0] = ids_b, logp_b
-        self.idle_B[rows_b] = torch.isin(ids_b, self.stops) | (self.most == 1)
+        self.idle_B[rows_b] = self.ends(ids_b) | (self.most == 1)
         for row, owner in zip(rows, owners):
             self.owner[row] = owner
+
+    def ends(self, ids_B):
+        """Return which tokens are stop tokens. (torch.isin may sort, which cannot be recorded.)"""
+        return (ids_B[:, None] == self.stops).any(1)
 
     def draw(self, hidden_BH):
         """Return the next token of every row and its log-probability under the distribution drawn from."""
@@ -230,7 +240,7 @@ class Decoder:
         self.ids_B.copy_(torch.where(busy_B, ids_B, self.ids_B))
         self.at_B.add_(busy_B)
         self.count_B.add_(busy_B)
-        self.idle_B.logical_or_(torch.isin(self.ids_B, self.stops) | (self.count_B >= self.most))
+        self.idle_B.logical_or_(self.ends(self.ids_B) | (self.count_B >= self.most))
 
     def run(self, steps):
         """Make some steps, on a GPU by replaying a recorded one."""
@@ -253,7 +263,8 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(length)
+            with forbidden_to_wait():
+                self.step(length)
         torch.cuda.current_stream().wait_stream(stream)
         graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
         with torch.cuda.graph(graph, pool=others[0].pool() if others else None):    # they run in turn
@@ -269,15 +280,28 @@ class Decoder:
                 yield owner, self.out_BN[row, :counts[row]].clone(), self.logp_BN[row, :counts[row]].clone()
 
     def shrink(self):
-        """Keep only the busy rows, once they are at most half of all."""
+        """Keep only the busy rows, once they are at most half of all. A new size is recorded anew."""
         busy = self.busy()
-        if not busy or len(busy) * 2 > len(self.owner):
+        if not busy or len(busy) * 2 > len(self.owner) or len(self.owner) <= FEW:
             return
         rows = torch.tensor(busy, device=self.model.device)
         self.slots.keep(rows)
         for name in ("ids_B", "at_B", "count_B", "idle_B", "out_BN", "logp_BN"):
             setattr(self, name, getattr(self, name)[rows])
         self.owner, self.graphs = [self.owner[row] for row in busy], {}
+
+
+@contextlib.contextmanager
+def forbidden_to_wait():
+    """Context manager: what would wait for the GPU raises an error, as it could not be recorded."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def nucleus(logp_BV, top_p):
@@ -303,6 +327,9 @@ def obstacle(model, try_it=True):
         return f"it has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
     if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
         return "its attention has a sliding window"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(x, str) and x in ("dynamic", "longrope") for x in rope.values()):
+        return "its rotary embedding depends on the longest text"
     if not try_it:
         return None
     prompts = [[i % model.vocab for i in range(1, n + 1)] for n in (5, 2, 7)]
@@ -321,13 +348,17 @@ def obstacle(model, try_it=True):
     return None
 
 
-def default_rows(model, positions):
-    """Return how many completions of so many positions are sampled at a time where nobody says."""
+def default_rows(model, positions, device):
+    """Return how many completions of so many positions are sampled at a time without --sample_batch.
+
+    It depends on what a device has and not on what is free, so that a resumed run samples as before.
+    """
     if not model.served:
         return ROWS
-    memory = CACHE["cpu"]
-    if model.device.type == "cuda" and torch.cuda.is_available():
-        memory = CACHE["cuda"] * torch.cuda.get_device_properties(model.device).total_memory
+    memory = CPU_CACHE
+    if device != "cpu":
+        here = torch.cuda.is_available()
+        memory = SHARE * (torch.cuda.get_device_properties(device).total_memory if here else ASSUMED)
     return max(1, min(MOST_ROWS, int(memory // row_bytes(model, positions))))
 
 

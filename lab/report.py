@@ -177,7 +177,7 @@ CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - l
            "entropy_t": ("teacher's entropy, nats", 1), "top1_agree": ("same most likely token, %", 100),
            "logprob_s": ("log p(y), nats", 1), "reward": ("accuracy of the rollouts, %", 100),
            "solved": ("prompts with a correct rollout, %", 100),
-           "dpo_loss": ("loss of DPO, nats per pair", 1),
+           "dpo_loss": ("loss of a pair", 1),
            "margin": ("margin of the chosen completion, nats", 1),
            "preferred": ("pairs in which the chosen one is preferred, %", 100),
            "reward_chosen": ("reward of the chosen completion, nats", 1),

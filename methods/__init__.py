@@ -44,6 +44,7 @@ as in
     with teacher.on_device():
         teacher.log_probs([r.teacher_ids for r in rollouts], completions, run.cfg.micro_tokens)
 """
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -147,6 +148,15 @@ def written_once(run, prompts, write, key="written"):
     return out
 
 
+def embed(run, prompts):
+    """Return [P, H] of unit length: where prompts are in the student's space, the mean of all its states."""
+    ids = [run.student.encode(prompt["prompt"]) for prompt in prompts]
+    # All tokens but the first count as a completion, and one more, which is predicted and never read.
+    with run.timed("score"):
+        return run.student.mean_hidden([i[:1] for i in ids], [torch.tensor(i[1:] + i[-1:]) for i in ids],
+                                       run.cfg.micro_tokens)
+
+
 # ---- methods with rounds -----------------------------------------------------------------------------------
 
 def check_rounds(cfg):
@@ -156,17 +166,24 @@ def check_rounds(cfg):
                       "steps / rounds updates of each student")
 
 
-def turn(items, count, step, seed):
+def items_of_step(items, count, step, seed):
     """Return the `count` items of a step, or fewer if there are fewer: the steps go through all items.
 
-    They are shuffled anew every time. A step that begins to do so can have an item twice.
+    In every epoch they are shuffled anew. A step in which one ends and another begins can have an item twice.
     """
     count, out = min(count, len(items)), []
     for position in range(step * count, (step + 1) * count):
         epoch, i = divmod(position, len(items))
-        order = random.Random(f"{seed} {epoch}").sample(range(len(items)), len(items))
-        out.append(items[order[i]])
+        out.append(items[shuffled(len(items), f"{seed} {epoch}")[i]])
     return out
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(count, seed):
+    """Return a permutation of range(count) that depends on the seed string alone."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------
@@ -194,7 +211,8 @@ class Method:
     select: Callable | None = None          # run, scored Jobs, own flags: sets their weights, also for
     #                                         lab/diagnosis.py
     check: Callable | None = None           # settings: refuses what cannot work together
-    reads: Callable | None = None           # run, model, row -> the longest prompt of a self-teacher or tutor
+    reads: Callable | None = None           # run, model, row -> the longest prompt that anyone reads; refuses
+    #                                         rows that the method cannot use
 
 
 METHODS = {}        # name -> Method

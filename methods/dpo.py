@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from config import AMOUNT, POSITIVE, Refused, number
 
-from . import Job, by_prompt, method
+from . import Job, by_prompt, check_rounds, method
 
 HALF = number(float, 0, most=0.5)
 
@@ -29,6 +29,14 @@ def check(cfg):
         raise Refused("--renew_every needs --self_teacher snapshot")
     if cfg.ipo and cfg.dpo_smoothing:
         raise Refused("--dpo_smoothing has no effect with --ipo")
+
+
+def check_rounds_and_reference(cfg):
+    """Refuse rounds of different lengths, and a reference that no round renews. For apt and sai_dpo."""
+    check_rounds(cfg)
+    if cfg.self_teacher != "snapshot":
+        raise Refused(f"--method {cfg.method}: its reference is the student at the start of the round, "
+                      "--self_teacher snapshot")
 
 
 def reads(run, model, row):
@@ -87,7 +95,8 @@ def graded_pairs(run, rollouts):
         else:
             why = {1: "all correct", 0: "all wrong"}.get(best.reward, "all of the same score")
             skipped[why] = skipped.get(why, 0) + 1
-    run.notes["skipped"] = skipped
+    if skipped:
+        run.notes["skipped"] = skipped
     return pairs
 
 

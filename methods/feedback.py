@@ -17,6 +17,7 @@ import unicodedata
 from pathlib import Path
 
 from config import Refused, nearest
+from data.graders import without_thinking
 from data.prompts import is_chat
 
 OUTCOMES = ("kept", "fb_none", "no_concept_tag", "empty", "all_generic", "no_match")     # Table 3
@@ -175,12 +176,6 @@ def accept(text, question, anchored=True, most_words=MOST_WORDS, finished=True):
             return None, outcome
     text = shortened(text, most_words, finished)
     return (text, "kept") if words(text) else (None, "fb_none")
-
-
-def without_thinking(text):
-    """Return a text without <think>..</think>, whose begin the prompt may hold, and whose end may be cut."""
-    text = re.sub(r"<think>.*?(?:</think>\s*|\Z)", "", text, flags=re.S)
-    return re.sub(r"\A.*</think>\s*", "", text, flags=re.S)
 
 
 TAG = re.compile(r"([*_`]{0,3})<\s*concept\s*>((?:(?!<\s*/?\s*concept\s*>).)*)<\s*/\s*concept\s*>\1",

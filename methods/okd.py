@@ -1,13 +1,14 @@
 """OKD-style: the teacher learns, too, in small modules beside its frozen weights (after arXiv 2409.12512).
 
-Rao et al.'s code is not public and its equations were not to be had: what is not marked [paper] is ours.
+The paper's code is not public, and we did not have its equations: what is not marked [paper] is ours.
 
     the teacher is frozen but for online modules, here a LoRA adapter  [paper: small modules in the teacher]
     on fixed data, without sampling from the student                                                  [paper]
     in every step both learn [paper], from the models as they are before it; sg[] is not learned from:
       L_student = D(sg[q] || p) + c CE(p)                       CE: -log of the solution's tokens
       L_teacher = mu D(q || sg[p]) + c CE(q)
-    D is KL(q || p) in both; other divergences of --loss are mirrored for the teacher likewise
+    D is KL(q || p) in both; other divergences of --loss and supports are mirrored for the teacher likewise,
+    whose target is always the student as it is (--target is the student's)
 """
 from dataclasses import replace
 
@@ -27,14 +28,16 @@ def check(cfg):
 
 @method(losses=tuple(MIRRORED), needs=("solution",), samples=False, teacher_learns=True, check=check,
         defaults=dict(ce_weight=1.0, teacher_rank=8))
-def okd(run, *, teacher_pull: NOT_NEGATIVE = 1.0, teacher_lr: POSITIVE = 10.0):
+def okd(run, *, teacher_pull: NOT_NEGATIVE = 1.0, teacher_lr_factor: POSITIVE = None):
     """Student and teacher learn from the solutions and come towards each other.
 
     teacher_pull    weight mu of the teacher's divergence from the student; 0 = it learns the solutions only
-    teacher_lr      the teachers' learning rate as a multiple of --lr: adapters need about ten times as much
+    teacher_lr_factor   the teachers' learning rate as a multiple of --lr; default: 10 where only the teachers
+                    have adapters, which need about ten times as much, and else 1
     """
+    only_they = run.cfg.teacher_rank and not run.cfg.lora_rank
     for teacher in run.teachers.values():
-        teacher.lr_factor = teacher_lr
+        teacher.lr_factor = teacher_lr_factor or (10.0 if only_they else 1.0)
     for step in run.steps():
         jobs = run.route(run.references(run.draw()))
         yield jobs + [teachers_job(run, job, teacher_pull) for job in jobs]

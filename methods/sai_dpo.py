@@ -1,6 +1,6 @@
-"""SAI-DPO-style: preference training on the problems that suit the student now (after arXiv 2505.16176).
+"""SAI-DPO-style: preferences on problems that suit the student as it is (after Rao et al., 2505.16176).
 
-Rao et al.'s code is not public and its details were not to be had: what is not marked [paper] is ours.
+The paper's code is not public, and we did not have its full text: what is not marked [paper] is ours.
 
     once:  clusters of problems by what they ask for [paper: K-means on embeddings of knowledge points, which
            a language model names]: a field of the prompt file, or K-means on the student's mean hidden states
@@ -14,19 +14,22 @@ Rao et al.'s code is not public and its details were not to be had: what is not 
 
 A rollout's steps are the lines of its text.
 """
+import math
 from statistics import mean
 
-from config import AMOUNT, COUNT, POSITIVE, SEVERAL, SHARE, Refused
+from config import AMOUNT, COUNT, POSITIVE, PROBABILITY, SEVERAL, Refused
 
-from . import by_prompt, method, prompt_key, turn
-from .apt import check as check_reference
-from .apt import embed
-from .dpo import graded_pairs, preference_job
+from . import by_prompt, embed, items_of_step, method, prompt_key
+from .dpo import check_rounds_and_reference, graded_pairs, preference_job
+
+CLUSTERS = 8
 
 
 def check(cfg):
-    """Refuse what apt refuses, and a single rollout, which is no pair."""
-    check_reference(cfg)
+    """Refuse rounds as apt does, a single rollout, which is no pair, and clusters that have no effect."""
+    check_rounds_and_reference(cfg)
+    if cfg.cluster_field and cfg.clusters != CLUSTERS:
+        raise Refused("--clusters has no effect with --cluster_field")
     if cfg.rollouts == 1:
         raise Refused(f"--method {cfg.method} compares a prompt's rollouts: --rollouts must be at least 2")
 
@@ -41,11 +44,11 @@ def reads(run, model, row):
 
 @method(losses=("nll",), teachers="none", needs=("answer",), check=check, reads=reads,
         defaults=dict(rollouts=8, self_teacher="snapshot"))
-def sai_dpo(run, *, rounds: COUNT = 4, probe: AMOUNT = 0, drawn: SHARE = 0.5, clusters: SEVERAL = 8,
-            cluster_field: str = "", dpo_beta: POSITIVE = 0.1):
+def sai_dpo(run, *, rounds: COUNT = 4, probe: AMOUNT = 0, drawn: PROBABILITY = 0.5,
+            clusters: SEVERAL = CLUSTERS, cluster_field: str = "", dpo_beta: POSITIVE = 0.1):
     """Prefer the student's own correct answers, on problems of the right difficulty where it fails most.
 
-    rounds          rounds R; each has --steps / R updates, of at most --batch pairs
+    rounds          rounds R; each has --steps / R updates of each student
     probe           problems that a round measures at least, whole batches of the next ones; 0 = all
     drawn           share of the problems with a pair that a round trains on
     clusters        clusters of K-means, which needs scikit-learn
@@ -61,7 +64,7 @@ def sai_dpo(run, *, rounds: COUNT = 4, probe: AMOUNT = 0, drawn: SHARE = 0.5, cl
         if step_of_round == 0:
             run.refresh(reference)
         problems = run.once("problems", lambda: find_problems(run, probe, drawn, cluster), of=number)
-        batch = turn(problems, run.cfg.batch, step_of_round, f"{run.cfg.seed} {number}")
+        batch = items_of_step(problems, run.cfg.batch, step_of_round, f"{run.cfg.seed} {number}")
         pairs = [tuple(run.fixed(prompts[key], *side) for side in pair) for key, pair, *_ in batch]
         if batch:
             passes, first = zip(*[(now, then) for _, _, now, then in batch])
@@ -79,7 +82,7 @@ def find_clusters(run, prompts, count, field):
     try:
         from sklearn.cluster import KMeans
     except ImportError:
-        raise Refused("K-means needs scikit-learn: pip install scikit-learn, or use --cluster_field") from None
+        raise Refused("clusters need scikit-learn (pip install scikit-learn) or --cluster_field") from None
     means = KMeans(min(count, len(prompts)), n_init=10, random_state=run.cfg.seed % 2**32)
     found = means.fit_predict(embed(run, list(prompts.values())).cpu().numpy())
     return {key: f"cluster {i}" for key, i in zip(prompts, found.tolist())}
@@ -99,11 +102,12 @@ def find_problems(run, probe, drawn, cluster):
     for key, group in by_prompt(rollouts).items():
         passes[key] = mean(r.reward for r in group)
         steps = mean(sum(1 for line in r.text.splitlines() if line.strip()) for r in group)
-        difficulty[key] = abs(passes[key] - 0.5), steps, mean(len(r.ids_T) for r in group)
+        length = mean(len(r.ids_T) for r in group)
+        difficulty[key] = round(abs(passes[key] - 0.5), 6), steps, length       # ties but for rounding
         wrong.setdefault(cluster[key], []).append(1 - passes[key])
     pairs = {prompt_key(pair[0].prompt): pair for pair in graded_pairs(run, rollouts)}
     wrong = {name: mean(shares) for name, shares in sorted(wrong.items())}
-    chosen = choose(sorted(pairs, key=difficulty.get), cluster, wrong, round(drawn * len(pairs)))
+    chosen = choose(sorted(pairs, key=difficulty.get), cluster, wrong, math.ceil(drawn * len(pairs)))
 
     first = run.memory.setdefault("first pass rates", {})
     for key in passes:

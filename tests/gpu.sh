@@ -44,7 +44,7 @@ part() {                                        # part NAME SECONDS COMMAND
 parallel="$("$python" -c "import xdist; print('-n 12')" 2>/dev/null)"        # most of the time goes into compiling
 part check 60 "$python" tests/gpu_check.py --device "$device"
 part tests 90 "$python" -m pytest -v --tb=short -p no:cacheprovider $(on "$parallel" "") \
-    tests/test_kernels.py tests/test_models.py tests/test_peers.py \
+    tests/test_kernels.py tests/test_models.py tests/test_peers.py tests/test_sampler.py \
     -k "$(on "(test_kernels and not benchmark and not compile_for) or cuda or gpu or swap" "ragged and rkl")"
 part bench 115 "$python" -m kernels.bench --device "$device" --out "$out" \
     $(on "--shapes 8B-to-0.6B 8B-to-1.7B --tokens 2048 8192 --seconds 90" "--quick")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from config import Refused
 from data.files import read_lines
-from data.graders import GRADERS, complaint, grade, last_boxed, split_at_answer
+from data.graders import GRADERS, complaint, grade, last_boxed, split_at_answer, without_thinking
 from methods import compact
 
 PLAIN_SGD = dict(optimizer="sgd", lr=0.5, weight_decay=0.0, grad_clip=0)
@@ -119,7 +119,7 @@ def test_student_and_teacher_of_okd_learn_from_each_other_as_they_were_before_th
     if rank:
         pytest.importorskip("peft", reason="optional: pip install peft")
     run = start(method="okd", loss=loss, **more, teacher_rank=rank, teacher_pull=0.7, ce_weight=0.4,
-                teacher_lr=3, loss_temperature=1.5, batch=5, **PLAIN_SGD)
+                teacher_lr_factor=3, loss_temperature=1.5, batch=5, **PLAIN_SGD)
     with torch.no_grad():
         for name, p in run.teacher.net.named_parameters():          # a new adapter is without effect
             if "lora_" in name:
@@ -151,7 +151,19 @@ def test_each_teacher_of_okd_learns_from_its_own_branch_alone(start, two_branche
         learner.net.zero_grad()
     _, moved = one_step(run)
     assert [learner.name for learner in run.learners] == ["student", "teacher", "teacher1"]
-    assert all(close(ours, rate * theirs) for ours, theirs, rate in zip(moved, exact, (1, 10, 10)))
+    assert all(close(ours, rate * theirs) for ours, theirs, rate in zip(moved, exact, (1, 1, 1)))
+
+
+def test_what_a_step_says_is_of_the_student(start):
+    """The teachers' own Jobs are beside it, by name; what the student reads for them is no teacher's token."""
+    run = start(method="okd", steps=2, teacher_rank=0)
+    opd.train(run)
+    for line in metrics(run):
+        assert line["branches"].keys() == {"main", "main, teacher"}
+        for name in ("entropy_s", "entropy_t", "logprob_s"):
+            assert line[name] == line["branches"]["main"][name] != line["branches"]["main, teacher"][name]
+    read = sum(len(r.teacher_ids) + len(r.ids_T) for r in run.references(run.prompts["main"]))
+    assert 0 < metrics(run)[0]["teacher_tokens"] <= read
 
 
 def changed(run, models):
@@ -227,13 +239,13 @@ def test_okd_resumes_bit_for_bit_and_only_the_student_is_in_final(start, two_bra
     ("number", "it is \\boxed{5}, not 4", "6", "it is", " \\boxed{6}"),
     ("number", "first 3, then 18.", "18", "first 3, then", " 18"),
     ("number", "costs $1,234.50 a day", "1,000", "costs", " 1,000"), ("number", "-7", "7", "", "7"),
-    ("number", "10-5", "7", "10-", "7"), ("number", "in 1.2.3", "7", "in 1.2", " #### 7"),
-    ("number", "--5", "7", "-", " #### 7"), ("number", "\\boxed{3} 5 \\boxed{", "7", "\\boxed{3}", " #### 7"),
+    ("number", "is 10-5", "7", "is", " 7"), ("number", "--5", "7", "", "7"),
+    ("number", "5 and 2 + 5", "7", "5 and 2 +", " #### 7"),
     ("boxed", "\\boxed{1} so \\boxed{\\frac{1}{2}}.", "3", "\\boxed{1} so", " \\boxed{3}"),
     ("letter_tag", "<reasoning>A</reasoning>\n<answer>\nA\n</answer> ok", "B", "<reasoning>A</reasoning>",
      "\n<answer>B</answer>"),
     ("letter_tag", "so <answer>A</answer> or <answer>", "B", "so", " <answer>B</answer>"),
-    ("letter_tag", "an <answer>is <answer>A</answer>", "B", "an", " <answer>B</answer>"),
+    ("letter_tag", "an <answer>is <answer>A</answer>", "B", "an <answer>is", " <answer>B</answer>"),
     ("final_letter", "Final answer: B? No. Final Answer: **C**", "D", "Final answer: B? No.",
      " Final answer: D"),
     ("final_letter", "it is\nfinal answer: (c)", "c", "it is", "\nFinal answer: c"),
@@ -246,7 +258,8 @@ def test_a_completion_is_split_where_its_answer_begins_and_ends_in_the_right_one
 
 
 @pytest.mark.parametrize("grader, text", [
-    ("number", "none"), ("number", "5 ####"), ("number", "5 \\boxed{x}"), ("boxed", "5"),
+    ("number", "none"), ("number", "in 1.2.3"), ("number", "\\boxed{3} 5 \\boxed{"), ("number", "5 ####"),
+    ("number", "5 \\boxed{x}"), ("boxed", "5"),
     ("boxed", "\\boxed{5"), ("letter_tag", "A"), ("letter_tag", "<answer> </answer>"),
     ("letter_tag", "<answer>A"), ("final_letter", "Final answer: Both")])
 def test_a_completion_without_an_answer_is_not_split(grader, text):
@@ -255,8 +268,8 @@ def test_a_completion_without_an_answer_is_not_split(grader, text):
 
 PIECES = {"number": (["x = ", "5", "-", ".", "$", "1,2", "\\boxed{3}", "\\boxed{", "####", " "],
                      ["7", "-7", "$1,000", "a\n#### 7"]),
-          "boxed": (["\\boxed{", "}", "{", "3", " "], ["7", "\\frac{1}{2}"]),
-          "letter_tag": (["<answer>", "</answer>", "A", " ", "so\n"], ["B"]),
+          "boxed": (["\\boxed{", "}", "{", "3", " ", "<think>", "</think>"], ["7", "\\frac{1}{2}"]),
+          "letter_tag": (["<answer>", "</answer>", "A", " ", "so\n", "<think>", "</think>"], ["B"]),
           "final_letter": (["Final answer: ", "final answer:", "B", "(c)", "Both", "\n", "**"], ["D", "d"]),
           "exact": (["no", " yes", "maybe"], ["it", "yes it"])}
 
@@ -273,7 +286,7 @@ def test_a_rationale_with_the_right_answer_is_graded_as_correct(grader):
         if found is None:
             continue
         rationale, whole = found[0], "".join(found)
-        assert text.startswith(rationale) and rationale == rationale.rstrip(), text
+        assert without_thinking(text).startswith(rationale) and rationale == rationale.rstrip(), text
         if grader == "exact" and rationale not in ("", answer.rpartition(" ")[0]):
             assert whole == f"{rationale} it"
         elif grader == "boxed":                                     # math-verify is optional
@@ -321,7 +334,7 @@ def parts(run, r):
 def test_the_loss_of_compact_is_the_prompts_mean_of_the_weighted_texts(start, prompts):
     """Rationale, right answer and EOS, whatever the teacher answered; weights sum to 1 and stay fixed."""
     run = in_float64(start(method="compact", teachers=[], prompts=[prompts("n", NUMBERS)], batch=2,
-                           sharpness=3))
+                           weight_temperature=3))
     [job] = next(run.jobs())
     assert all(isinstance(w, float) for w in job.weights)
     totals, loss = {}, 0.0
@@ -358,20 +371,20 @@ def test_what_suits_the_student_is_measured_on_its_own_logits(start, prompts):
     assert jump.abs().max() > 0.1 and ease.min() < -0.1
 
 
-@pytest.mark.parametrize("sharpness", [0.5, 1e9], ids=str)
-def test_weights_are_a_softmax_of_consensus_help_and_ease(start, prompts, monkeypatch, sharpness):
+@pytest.mark.parametrize("weight_temperature", [0.5, 1e9], ids=str)
+def test_weights_are_a_softmax_of_consensus_help_and_ease(start, prompts, monkeypatch, weight_temperature):
     """All in standard deviations. Consensus is the mean cosine to the others; large tau makes all alike."""
     where = torch.tensor([[1, 0], [0.6, 0.8], [0, 1]])
     jump, ease = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-3.0, -1.0, -1.5])
     monkeypatch.setattr(compact, "suitability", lambda run, rollouts, answers: (where, jump, ease))
     run = start(method="compact", teachers=[], prompts=[prompts("n", NUMBERS[:1])], batch=1,
-                sharpness=sharpness)
+                weight_temperature=weight_temperature)
     [job] = next(run.jobs())
     z = [[(x - statistics.mean(column)) / statistics.pstdev(column) for x in column]
          for column in ([0.3, 0.7, 0.4], jump.tolist(), ease.tolist())]
-    expected = torch.tensor([sum(scores) for scores in zip(*z)]).div(sharpness).softmax(0)
+    expected = torch.tensor([sum(scores) for scores in zip(*z)]).div(weight_temperature).softmax(0)
     assert job.weights == pytest.approx(expected.tolist(), rel=1e-4)
-    if sharpness > 1:
+    if weight_temperature > 1:
         assert job.weights == pytest.approx([1 / 3] * 3)
     noted = run.notes["teacher_weight"]
     assert noted == {"long": job.weights[0], "odd": job.weights[2]}     # short has no rationale
@@ -423,6 +436,22 @@ def explained(rows, **texts):
     return [row | {"rationales": texts} for row in rows]
 
 
+def often_end(run):
+    """Make untrained teachers end their texts before the limit, as they have to."""
+    for teacher in run.teachers.values():
+        teacher.stops = [i for i in range(teacher.vocab) if i % 5]
+
+
+def test_a_text_that_was_cut_off_is_left_out_and_counted(start, prompts):
+    """Its last number is not its answer."""
+    run = start(method="compact", prompts=[prompts("w", explained(WORD_ROWS, x="ab c"))], batch=2)
+    for teacher in run.teachers.values():
+        teacher.stops = [teacher.vocab + 1]
+    [job] = next(run.jobs())
+    assert [r.notes["teacher"] for r in job.rollouts] == ["x", "x"]
+    assert run.notes["skipped"] == {"b does not end": 2, "wide does not end": 2}
+
+
 @pytest.mark.parametrize("branches, models_of, given", [
     ("words", "kl", {}), ("words more", ["words", "more"], {}), ("words", "", dict(x="a b", y="b")),
     ("words more", "k", dict(x="a b"))], ids=["free names", "names of branches", "file alone", "mixed"])
@@ -435,6 +464,7 @@ def test_teachers_have_free_names_or_stand_in_the_file(start, prompts, models, b
                 teachers=[f"{name}={path}" for name, path in paths.items()])
     assert {name: model.path for name, model in run.teachers.items()} == {
         name: str(path) for name, path in paths.items()}
+    often_end(run)
     expected = {}
     for branch, row, name in itertools.product(branches, rows, [*paths, *given]):
         text = given.get(name)
@@ -470,8 +500,10 @@ def test_a_model_without_a_name_is_one_teacher_however_many_branches_there_are(s
     files = lambda rows: dict(prompts=[f"{branch}={prompts(branch, rows)}" for branch in ("first", "second")])
     with pytest.raises(Refused, match="at least two teachers"):
         start(**flags, **files(WORD_ROWS))
-    [job] = next(start(**flags, **files(explained(WORD_ROWS, x="ab c"))).jobs())
-    assert [r.notes["teacher"] for r in job.rollouts] == ["x", "x", "teacher", "teacher"]
+    run = start(**flags, **files(explained(WORD_ROWS, x="ab c")))
+    often_end(run)
+    [job] = next(run.jobs())
+    assert {r.notes["teacher"] for r in job.rollouts} == {"x", "teacher"}
 
 
 def test_a_teacher_that_learns_computes_where_the_student_does(start):
