@@ -16,11 +16,13 @@ Other files import transformers, or sampler.py, after this file: see below about
 import contextlib
 import copy
 import functools
+import json
 import math
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 import transformers.utils.import_utils
@@ -38,8 +40,16 @@ for module in (transformers.utils, transformers.utils.import_utils):
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 import sampler
+
+# What a student brings beside its weights, and final/ gives back.
+OWN_FILES = ("config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json",
+             "added_tokens.json", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+             "*chat_template*", "*chat_template*/*")
+# Tokenizers cut these in different ways: capitals, numbers, signs, white space, other scripts.
+PROBE = "It's 2024:\t12,345.67 (they'LL say)\n\n  naïve Ωμέγα 北京 x_1=={y};\r\n "
 
 
 @dataclass(eq=False)
@@ -52,7 +62,7 @@ class Model:
     vocab: int                          # token ids that models share; the head may have more rows (padding)
     dtype: torch.dtype                  # of the computation; parameters that learn are float32
     device: torch.device                # of the computation
-    generation_config: GenerationConfig  # as found in the checkpoint, kept to be saved again
+    files: dict                         # of a learner: {name: bytes} of OWN_FILES, to be saved again
     template_kwargs: dict = field(default_factory=dict)     # options of the chat template
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
     without_adapter: bool = False       # `net` is the student's; its adapter is off in this model
@@ -303,7 +313,7 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     """
     transformers.utils.logging.disable_progress_bar()
     dtype, lora = getattr(torch, cfg.dtype), cfg.lora_rank if learns else 0
-    config, tok, defaults = read_folder(path)
+    config, tok, defaults, files = read_folder(path)
     quantised = getattr(config, "quantization_config", None)
     if learns and quantised:
         raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with "
@@ -321,6 +331,9 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
     net.eval().requires_grad_(learns and not lora)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None       # its row would learn nothing, and is often that of EOS
     # A checkpoint's own sampling defaults (top_k 20, say) would silently make sampling off-policy.
     net.generation_config = GenerationConfig()
     match_precision(net, kept, dtype, quantised)
@@ -331,11 +344,11 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     # Gemma 3's tokenizer has one token more, for images, than its text models have rows.
     vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
     common = dict(path=path, net=net, tok=tok, stops=stop_tokens(path, tok, defaults, vocab), vocab=vocab,
-                  dtype=dtype, device=device, generation_config=defaults,
+                  dtype=dtype, device=device, files=files if learns else {},
                   template_kwargs=cfg.chat_template_kwargs, offloaded=offloaded)
     model = Learner(name=name, **common) if learns else Model(**common)
     if lora:
-        model.adapter = add_adapter(model, cfg, weights)
+        model.adapter = add_adapter(model, cfg, weights).eval()
     with model.on_device():
         if not cfg.dry_run:
             check_forward(model)
@@ -355,6 +368,9 @@ def stop_tokens(path, tok, defaults, vocab):
     stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
     if not stops:
         raise Refused(f"{path}: its EOS token has no row in the model, so a completion could never end")
+    if ordinary := sorted(stops - tok.added_tokens_decoder.keys() - {*tok.all_special_ids}):
+        tqdm.write(f"note: {path} stops at {', '.join(repr(tok.decode(i)) for i in ordinary)}, which its "
+                   "config.json or generation_config.json calls EOS, but it is an ordinary token")
     return sorted(stops)
 
 
@@ -385,7 +401,7 @@ def scale_embedding_fp32(module, inputs, out, dtype):
 
 
 def read_folder(path):
-    """Return (config, tokenizer, generation config) of a checkpoint, whose weights are not touched."""
+    """Return (config, tokenizer, generation config, own files) of a checkpoint, whose code is never run."""
     local = Path(path)
     if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
         raise Refused(f"cannot load {path}: no such folder, and not a hub id")
@@ -395,16 +411,45 @@ def read_folder(path):
         raise Refused(f"cannot load {path}: no tokenizer in this folder"
                       + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
     with reading(path):
-        tok, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        files = own_files(Path(cached_file(path, "config.json")).parent)       # of a hub id: in the cache
         try:
             defaults = GenerationConfig.from_pretrained(path)
         except OSError:                                         # many checkpoints have none
             if (local / "generation_config.json").exists():
                 raise
             defaults = GenerationConfig.from_model_config(config)
+            files["generation_config.json"] = defaults.to_json_string().encode()
+        if "tokenizer.json" in files and not reads_its_file(tok, files["tokenizer.json"]):
+            tqdm.write(f"note: {path} is read as its tokenizer.json says, not as {type(tok).__name__} does")
+            tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+            change(files, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     if tok.eos_token_id is None:
         raise Refused(f"{path}: the tokenizer has no EOS token, so a completion could never end")
-    return config, tok, defaults
+    return config, tok, defaults, files
+
+
+def own_files(folder):
+    """Return {name: bytes} of a checkpoint's configs, tokenizer and chat templates."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for pattern in OWN_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
+def change(files, name, **values):
+    """Replace values in one of a checkpoint's own JSON files."""
+    files[name] = json.dumps(json.loads(files.get(name, "{}")) | values, indent=2).encode()
+
+
+def reads_its_file(tok, tokenizer_json):
+    """Return whether a tokenizer gives the ids of its file. Some classes replace parts of what it says."""
+    core = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+    core.no_truncation()
+    core.no_padding()
+    words = sorted(core.get_vocab(with_added_tokens=False).values())
+    text = PROBE + " ".join(core.decode([i]) for i in words[::len(words) // 4000 + 1])
+    ids = core.encode(text, add_special_tokens=False).ids
+    return tok(text, add_special_tokens=False, verbose=False).input_ids == ids
 
 
 @contextlib.contextmanager
@@ -421,10 +466,13 @@ def reading(path):
 def read_net(source, dtype, device):
     """Return the network with the weights in `source`. device: of a quantised one, which cannot be moved."""
     net, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **(dict(device_map={"": device}) if device else {}))
-    if missing := sorted(found["missing_keys"]):
-        raise Refused(f"cannot load {source}: {len(missing)} weights are missing, "
-                      f"{', '.join(missing[:3])} among them")
+        source, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+        **(dict(device_map={"": device}) if device else {}))
+    unused = [] if device else found["unexpected_keys"]         # a quantised one may have scales to spare
+    for keys, wrong in ((found["missing_keys"], "missing"), (unused, "not in its config's model")):
+        if keys:
+            raise Refused(f"cannot load {source}: {len(keys)} weights are {wrong}, "
+                          f"{', '.join(sorted(keys)[:3])} among them")
     return net
 
 
@@ -438,7 +486,7 @@ def fake_mode():
 def fake_net(config, dtype):
     """Return the network with shapes and dtypes, but without memory and values. It takes about a second."""
     with fake_mode():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def add_adapter(model, cfg, weights):
@@ -753,15 +801,10 @@ def share_stops(student, teacher):
 # ---- save --------------------------------------------------------------------------------------------------
 
 def save_model(model, folder):
-    """Write the adapter in peft's format, or else the model with the stop tokens that it has here.
-
-    The other generation defaults are those that the model came with.
-    """
+    """Write the adapter in peft's format, or else the model in that of transformers."""
     if model.adapter:
         return model.adapter.save_pretrained(folder, save_embedding_layers=False)
     model.net.save_pretrained(folder)
-    model.generation_config.eos_token_id = model.stops if len(model.stops) > 1 else model.stops[0]
-    model.generation_config.to_json_file(folder / "generation_config.json")   # as it came, valid or not
 
 
 def save_learners(learners, folder, state):
@@ -800,11 +843,43 @@ def save_adapters(students, folder):
 
 
 def save_final(students, folder):
-    """Write plain folders that from_pretrained loads, in the run's dtype, with adapters merged."""
+    """Write plain folders that from_pretrained loads, in the run's dtype, with adapters merged.
+
+    Beside the weights are the files that the student came with, so that whoever could read it reads them
+    alike. Only the config has another dtype, and the generation defaults have stop tokens that are new.
+    """
     for student in students:
         if student.adapter:
             student.net, student.adapter = student.adapter.merge_and_unload(), None
         student.net.to(student.dtype)
         where = learner_folder(folder, student.name, len(students) > 1)
         save_model(student, where)
-        student.tok.save_pretrained(where)
+        files = dict(student.files)
+        saved, came = json.loads((where / "config.json").read_bytes()), json.loads(files["config.json"])
+        if came.get("model_type") != saved["model_type"]:       # the language model of a larger one
+            came = came.get("text_config", {})
+        files["config.json"] = json.dumps(in_both_words(saved, came), indent=2).encode()
+        eos = json.loads(files["generation_config.json"]).get("eos_token_id")
+        if sorted([eos] if isinstance(eos, int) else eos or []) != student.stops:
+            change(files, "generation_config.json", eos_token_id=student.stops)
+        for name, data in files.items():
+            (where / name).parent.mkdir(exist_ok=True)
+            (where / name).write_bytes(data)
+
+
+def in_both_words(saved, came):
+    """Return a config as it came, with what transformers 5 has saved, and RoPE in the words of 4 and of 5.
+
+    Transformers 4 reads rope_theta and rope_scaling. Where they are missing it takes 10,000 without a word.
+    """
+    rope = saved.get("rope_parameters") or {}
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in older}
+    both = {**saved, **older, **came}
+    for name in both.keys() & saved.keys():
+        if isinstance(both[name], dict) and isinstance(saved[name], dict):
+            both[name] = in_both_words(saved[name], both[name])
+    both |= {name: saved["dtype"] for name in ("dtype", "torch_dtype") if name in both and "dtype" in saved}
+    both.pop("auto_map", None)                                  # the code does not come along, nor was it run
+    return both

@@ -116,7 +116,7 @@ def main(argv=None):
     if args.tokenizer:
         import models  # noqa: F401     # first, as in `tokenizer`
         from transformers import AutoTokenizer
-        tok = AutoTokenizer.from_pretrained(args.tokenizer)
+        tok = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     else:
         try:
             tok = tokenizer([text for path in args.text for text in texts(path)], args.vocab)
