@@ -146,7 +146,7 @@ def pairs(values, flag, default):
         if not found:
             raise Refused(f"{flag} {value!r} names nothing")
         if name is None and len(values) > 1:
-            raise Refused(f"several {flag} need names: BRANCH={value}")
+            raise Refused(f"several {flag} need names: NAME={value}")
         name = name or default
         if name in out:
             raise Refused(f"two {flag} are called {name}")
@@ -214,8 +214,8 @@ FLAGS = {
                         "has two, the first stronger in the first branch of prompts, the second in the "
                         "second",
                         words="+", shown="PATH", basic=True),
-        "teachers": Flag([], "frozen models with the student's tokenizer; one for all prompts, or one per "
-                         "branch", words="+", shown="[BRANCH=]PATH", basic=True),
+        "teachers": Flag([], "models with the student's tokenizer; one for all prompts, or one per branch; "
+                         "in compact any, each under a name", words="+", shown="[BRANCH=]PATH", basic=True),
         "prompts": Flag([], "JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or "
                         "a public set as openai/gsm8k (data/convert.py); one per branch. For camopd the "
                         "first is the branch to recover, the others are preserved", words="+",
@@ -225,6 +225,9 @@ FLAGS = {
         "eval_prompts": Flag([], "prompts with answers, never trained on; a public set may name a split, as "
                              "'openai/gsm8k:test[:200]'", words="+", shown="[NAME=]FILE", resume=True,
                              basic=True),
+        "grader": Flag(None, "of the rows that have an answer and name none: one of data/graders.py, or your "
+                       "own function as FILE.py:NAME, which turns a completion and its row into a number in "
+                       "[0, 1]; default: exact"),
         "method": Flag(None, "one of methods/; default: opd with one teacher, mopd with several, sft with "
                        "none", basic=True),
         "out": Flag(None, "the run's folder; default: runs/METHOD-LOSS-seedN", shown="DIR", resume=True,
@@ -279,7 +282,7 @@ FLAGS = {
         "steps": Flag(100, "optimizer steps of each student", COUNT, basic=True,
                       # with these settings no step depends on where the training ends
                       resume=lambda c: (c.lr_schedule == "constant" and c.target == "teacher"
-                                        and len(c.student) == 1)),
+                                        and not hasattr(c, "rounds"))),
         "batch": Flag(32, "prompts per step", COUNT, basic=True),
         "rollouts": Flag(1, "completions per prompt that the student samples", COUNT, of_methods=True),
         "lr": Flag(None, "peak learning rate; default: 1e-5, with --lora_rank 1e-4", POSITIVE, basic=True),

@@ -516,7 +516,7 @@ class Run:
                 r = self.rollout(prompt, ids_T.to(self.student.device), views, logp_T=logp_T,
                                  text=model.decode(ids_T))
                 if "answer" in prompt:
-                    r.reward = grade(prompt["grader"], r.text, prompt["answer"])
+                    r.reward = grade(prompt["grader"], r.text, prompt["answer"], prompt)
                 rollouts.append(r)
         written = "sampled_tokens" if model in self.students else "teacher_tokens"
         self.state[written] += sum(len(r.ids_T) for r in rollouts)

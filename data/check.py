@@ -7,15 +7,22 @@ from config import Refused
 from models import ignores_text, may_think
 
 from .graders import can_be_correct
+from .prompts import check_grader
 
 
 def check_prompts(run):
     """Refuse a row that cannot be rendered, does not fit the models, or cannot be graded or learned from.
 
+    A row that has an answer and names no grader gets that of --grader.
     Return the largest lengths in tokens: .prompt, of a prompt as any of the models sees it; .completion; and
     .read, of a prompt that a self-teacher or a tutor can get to read.
     """
     cfg, longest = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0)
+    check_grader("--grader: ", cfg.grader or "exact")
+    for rows in (*run.prompts.values(), *run.evals.values(), *run.gate_prompts.values()):
+        for row in rows:
+            if "answer" in row:
+                row.setdefault("grader", cfg.grader or "exact")
     for branch, rows in run.prompts.items():
         teachers = [run.teachers[branch]] if branch in run.teachers else []
         teachers = run.teachers.values() if run.method.teachers == "any" else teachers
@@ -94,7 +101,7 @@ def check_row(run, row, model, longest, trained, read):
     fields = fixed_texts(method) if trained else []
     learned = [run.student.encode_completion(row[field]) for field in fields if field in row]
     seen = read(run, model, row) if read else []
-    if "answer" in row and not can_be_correct(row["grader"], row["answer"]):
+    if "answer" in row and not can_be_correct(row["grader"], row["answer"], row):
         raise Refused(f"the grader {row['grader']} calls no completion correct if the answer is "
                       f"{row['answer']!r}")
     largest = max(max(some) for some in [ids + seen, *learned])

@@ -5,7 +5,7 @@ A prompt file has one JSON object per line:
     prompt      text, or a list of chat messages {"role": .., "content": ..}
     solution    reference completion, for methods that learn from fixed data                    (optional)
     answer      what `grader` compares a completion with                                        (optional)
-    grader      a name in data.graders.GRADERS; "exact" when there is an answer but no grader   (optional)
+    grader      a name in data.graders, or FILE.py:NAME; without it that of --grader, exact     (optional)
     chosen, rejected    completions of which dpo prefers the first                              (optional)
     rationales  {teacher's name: text}, what compact weighs                                     (optional)
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from config import Refused, nearest
 
 from . import convert
-from .graders import GRADERS
+from .graders import GRADERS, is_own, own
 
 
 def load_prompts(source, branch):
@@ -53,7 +53,7 @@ def read_source(source):
 
 
 def parse_row(where, line):
-    """Return the row on a line, with a grader if it has an answer; refuse what is not a prompt row."""
+    """Return the row on a line; refuse what is not a prompt row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -64,9 +64,17 @@ def parse_row(where, line):
         raise Refused(f'{where}: "prompt" is text or a list of {{"role", "content"}} messages')
     if "answer" in row and not isinstance(row["answer"], (str, int, float)):
         raise Refused(f'{where}: "answer" is text or a number, not {row["answer"]!r}')
-    if "answer" in row and str(row.setdefault("grader", "exact")) not in GRADERS:
-        raise Refused(f"{where}: unknown grader {row['grader']!r}; {nearest(row['grader'], GRADERS)}")
+    if "answer" in row and "grader" in row:
+        check_grader(f"{where}: ", row["grader"])
     return row
+
+
+def check_grader(where, grader):
+    """Refuse a name that is no grader's and no function's in a file. where: how the message begins."""
+    if is_own(grader):
+        own(grader)
+    elif str(grader) not in GRADERS:
+        raise Refused(f"{where}unknown grader {grader!r}; {nearest(grader, GRADERS)}, or FILE.py:NAME")
 
 
 def is_chat(prompt):

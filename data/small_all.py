@@ -41,10 +41,12 @@ def formed(rng, row, others):
 
 
 def misled(rng, row, others):
-    """Return a row with a rationale that leads elsewhere: that of another prompt of the same skill."""
+    """Return a row with a rationale that leads elsewhere: of another prompt of its skill, as long a chain."""
     wrong = [other for other in others if other["solution"] != row["solution"]]
     alike = [other for other in wrong if other["skill"] == row["skill"]]
-    return row | {"rationales": {"misleading": rng.choice(alike or wrong)["solution"]}}
+    length = lambda other: len(other["solution"].split())
+    as_long = [other for other in alike if length(other) == length(row)]
+    return row | {"rationales": {"misleading": rng.choice(as_long or alike or wrong)["solution"]}}
 
 
 def build(out, seed, generalist, specialist, prompts, references, evaluation, validation):

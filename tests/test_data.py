@@ -1,4 +1,4 @@
-"""Graders, prompts, the small world: what a completion is worth and what a model gets to see."""
+"""Prompts, converters, the small worlds: what a model gets to see."""
 import json
 import random
 import re
@@ -9,65 +9,12 @@ import torch
 
 from data import convert, sciknoweval, small_all, small_world
 from data.files import read_lines
-from data.graders import FORMS, GRADERS, can_be_correct, complaint, grade
+from data.graders import can_be_correct
 from data.prompts import is_chat, load_prompts, prompt_text
 from methods.feedback import read_templates, reprompt, tutor_prompt, with_answer
 from models import Model
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.mark.parametrize("grader, completion, answer, reward", [
-    ("exact", " map ", "map", 1), ("exact", "map x", "map", 0),
-    ("number", "so she makes $1,234.50 a day", "1234.5", 1), ("number", "first 3, then 18.", "18", 1),
-    ("number", "18 of 20", "18", 0), ("number", "it is \\boxed{42}, not 43", "42", 1),
-    ("number", "none", "3", 0), ("number", "... \n#### -5", "-5", 1), ("number", "10-5", "5", 1),
-    ("number", "x = 7.", "a\n#### 7", 1), ("number", "3.0", "3", 1), ("number", "0.30", ".3", 1),
-    ("letter_tag", "<reasoning>A or B</reasoning><answer>\nB\n</answer>", "B", 1),
-    ("letter_tag", "<answer>A</answer> no, <answer>B</answer>", "A", 0), ("letter_tag", "B", "B", 0),
-    ("final_letter", "Final answer: B? No. Final Answer: **C**", "C", 1),
-    ("final_letter", "Final answer: (d)", "D", 1), ("final_letter", "The answer is C", "C", 0),
-    ("final_letter", "Final answer: Both", "B", 0), ("letter_tag", "<answer></answer>", "", 0),
-    ("final_letter", "no letter", "", 0)])
-def test_graders(grader, completion, answer, reward):
-    assert grade(grader, completion, answer) == reward
-
-
-def test_boxed_grader_is_mathematical():
-    pytest.importorskip("math_verify", reason="optional: pip install 'math-verify[antlr4_13_2]'")
-    assert grade("boxed", "thus \\boxed{\\frac{1}{2}}", "0.5") == 1
-    assert grade("boxed", "thus \\boxed{\\frac{1}{3}}", "0.5") == grade("boxed", "0.5", "0.5") == 0
-
-
-def test_unknown_grader_lists_the_known_ones():
-    with pytest.raises(ValueError, match=", ".join(GRADERS)):
-        grade("judge", "a", "a")
-
-
-@pytest.mark.parametrize("grader, answer, possible", [
-    ("exact", "a b", True), ("number", "1,234 apples", True), ("letter_tag", "B", True),
-    ("letter_tag", "", False), ("letter_tag", "a</answer>b", False), ("final_letter", "d", True),
-    ("final_letter", "Both", False)])
-def test_answers_that_no_completion_can_match_are_known(grader, answer, possible):
-    """Training on them would only ever say wrong."""
-    assert can_be_correct(grader, answer) == possible and FORMS.keys() == GRADERS.keys()
-    with pytest.raises(ValueError, match="needs an answer with a number"):
-        can_be_correct("number", "none")
-    with pytest.raises(ValueError, match="there are"):
-        can_be_correct("judge", "a")
-
-
-@pytest.mark.parametrize("grader, graded, nothing", [
-    ("number", "so 7", "so seven"), ("boxed", "\\boxed{7}", "\\boxed{7"),
-    ("letter_tag", "<answer>\nno letter\n</answer>", "<answer>B"),
-    ("letter_tag", "<answer>B</answer>", "<answer> </answer>"),
-    ("final_letter", "final answer: (b)", "the answer is B")])
-def test_environment_feedback_is_about_the_form_alone(grader, graded, nothing):
-    """A right or a wrong answer gets no words: they would tell which it is."""
-    assert complaint(grader, graded) is None
-    said = complaint(grader, nothing)
-    assert said.count(". ") == 0 and said.endswith(".") and "no " in said
-    assert complaint("exact", "") is None
 
 
 @pytest.mark.parametrize("line, message", [
@@ -217,14 +164,6 @@ def test_small_all_misleading_rationales_are_another_prompts_solution(every_meth
             assert row == reference | {"rationales": {"misleading": misleading}}
             assert misleading != row["solution"]
             assert misleading in [other["solution"] for other in references if other["skill"] == row["skill"]]
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
-def test_real_gsm8k_converts_and_its_own_solutions_are_right():
-    rows = convert.rows("openai/gsm8k", SHARED / "gsm8k" / "test.jsonl")
-    assert len(rows) == 1319
-    assert all(grade("number", row["solution"], row["answer"]) == 1 for row in rows)
-    assert sum(grade("number", row["solution"], other["answer"]) for row, other in zip(rows, rows[1:])) < 100
 
 
 # ---- SciKnowEval -------------------------------------------------------------------------------------------

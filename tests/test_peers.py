@@ -563,7 +563,7 @@ def test_students_with_different_tokenizers_are_refused(argv, models, tmp_path):
 @pytest.mark.parametrize("where", ["prompts", "val_prompts"])
 @pytest.mark.parametrize("rows, message", [
     ([], "has no prompts"), ([{"prompt": "a"}], 'has no "answer"'),
-    ([{"prompt": "a", "answer": "Both", "grader": "final_letter"}], "calls no completion correct")])
+    ([{"prompt": "a", "answer": "Both", "grader": "final_letter"}], "needs an answer with a letter")])
 def test_domains_that_cannot_be_learned_from(argv, prompts, tmp_path, where, rows, message):
     flags = {where: [f"words={prompts('fine')}", f"more={prompts('bad', rows)}"]}
     with pytest.raises(SystemExit, match=message):

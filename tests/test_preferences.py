@@ -460,7 +460,7 @@ def test_without_a_field_clusters_are_those_of_k_means(start, prompts, monkeypat
     ("sai_dpo", dict(rounds=2, rollouts=3, probe=4, cluster_field="topic"))])
 def test_preferences_resume_inside_a_round(start, prompts, monkeypatch, unreported, method, flags):
     """Killed in round 2, it goes on from there, from its start or from round 1, to the same last bit."""
-    monkeypatch.setattr(opd, "grade", lambda grader, text, answer: float(sum(map(ord, text)) % 2))
+    monkeypatch.setattr(opd, "grade", lambda grader, text, answer, row: float(sum(map(ord, text)) % 2))
     rows = PAIRS + GRADED if method == "dpo" else TOPICS
     flags = flags | dict(method=method, steps=8, batch=2, lr=1e-3, prompts=[prompts("p", rows)],
                          eval_prompts=[f"words={prompts('eval', GRADED)}"])

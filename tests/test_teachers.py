@@ -250,7 +250,8 @@ def test_okd_resumes_bit_for_bit_and_only_the_student_is_in_final(start, two_bra
      " Final answer: D"),
     ("final_letter", "it is\nfinal answer: (c)", "c", "it is", "\nFinal answer: c"),
     ("exact", "06 08 11", "06 08 10", "06 08", " 10"), ("exact", "09 99 ", "09 10", "09", " 10"),
-    ("exact", "map", "pam", "", "pam"), ("exact", " map", "mop pam", "", " mop pam"),
+    ("exact", "map", "pam", "", "pam"), ("exact", " map", "mop pam", "", "mop pam"),
+    ("exact", "it is paris", "new york", "", "new york"),
     ("exact", "", "pam", "", "pam")])
 def test_a_completion_is_split_where_its_answer_begins_and_ends_in_the_right_one(
         grader, text, answer, rationale, closing):
