@@ -21,6 +21,7 @@ import functools
 import json
 import platform
 import random
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -67,17 +68,19 @@ def child(name, folder, case, steps, device):
 
 
 def our_steps(folder, case, steps, device, by_generate):
-    """Return [{part: seconds}] of our steps."""
-    import opd
+    """Return [{part: seconds}] of our steps, of opd.py as a user runs it."""
+    import models  # noqa: F401     # before sampler
     import sampler
     if by_generate:
         sampler.obstacle = lambda *args, **kwargs: "this is a benchmark of it"
     batch, _, new = CASES[case][3:]
     out = folder / "ours"
-    opd.main(["--student", str(folder / "student"), "--teachers", str(folder / "teacher"), "--prompts",
-              str(folder / "prompts.jsonl"), "--method", "opd", "--loss", "rkl", "--batch", str(batch),
-              "--max_new_tokens", str(new), "--steps", str(steps), "--lr", "1e-6", "--save_every", "0",
-              "--micro_tokens", "16384", "--device", device, "--dtype", TYPES[device][0], "--out", str(out)])
+    sys.argv = ["opd.py", "--student", str(folder / "student"), "--teachers", str(folder / "teacher"),
+                "--prompts", str(folder / "prompts.jsonl"), "--method", "opd", "--loss", "rkl", "--batch",
+                str(batch), "--max_new_tokens", str(new), "--steps", str(steps), "--lr", "1e-6",
+                "--save_every", "0", "--micro_tokens", "16384", "--device", device, "--dtype",
+                TYPES[device][0], "--out", str(out)]
+    runpy.run_path(str(ROOT / "opd.py"), run_name="__main__")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(out)
     return [line["seconds"] for line in lines if "seconds" in line]
