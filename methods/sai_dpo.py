@@ -17,6 +17,8 @@ A rollout's steps are the lines of its text.
 import math
 from statistics import mean
 
+from tqdm import tqdm
+
 from config import AMOUNT, COUNT, POSITIVE, PROBABILITY, SEVERAL, Refused
 
 from . import by_prompt, embed, items_of_step, method, prompt_key
@@ -59,6 +61,8 @@ def sai_dpo(run, *, rounds: COUNT = 4, probe: AMOUNT = 0, drawn: PROBABILITY = 0
     reference, length = run.self_teacher(run.student), run.cfg.steps // rounds
     prompts = {prompt_key(prompt): prompt for rows in run.prompts.values() for prompt in rows}
     cluster = run.once("clusters", lambda: find_clusters(run, prompts, clusters, cluster_field))
+    if len({*cluster.values()}) == 1:
+        tqdm.write("note: all problems are in one cluster, so only their difficulty selects")
     for step in run.steps():
         number, step_of_round = divmod(step, length)
         if step_of_round == 0:

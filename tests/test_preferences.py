@@ -513,6 +513,12 @@ def test_more_steps_for_a_run_with_rounds_would_be_another_experiment(start, pro
         start(**flags, steps=4, out=run.out, resume=True)
 
 
+def test_one_cluster_for_all_problems_is_said(start, prompts, capsys):
+    rows = [row | {"topic": "words"} for row in GRADED]
+    next(start(method="sai_dpo", prompts=[prompts("g", rows)], cluster_field="topic").jobs())
+    assert "all problems are in one cluster, so only their difficulty selects" in capsys.readouterr().out
+
+
 def test_a_single_problem_with_a_pair_is_trained_on(start, prompts, monkeypatch):
     """Half of one, rounded to an even number, is none."""
     run = start(method="sai_dpo", prompts=[prompts("g", GRADED[:2])], rollouts=2, batch=2, rounds=1,
