@@ -473,6 +473,8 @@ def run_recipe(name, out, seeds, quick, jobs=1):
     pool, stop = ThreadPoolExecutor(jobs), threading.Event()
     running = [pool.submit(run_seed, recipe, out / f"seed{seed}", seed, form, threads, stop)
                for seed in range(seeds)]
+    for seed in running:                                # at once, before its thread takes the next seed
+        seed.add_done_callback(lambda seed: seed.cancelled() or seed.exception() and stop.set())
     try:
         for done in as_completed(running):
             done.result()
@@ -484,6 +486,8 @@ def run_recipe(name, out, seeds, quick, jobs=1):
 
 def run_seed(recipe, folder, seed, form, threads, stop):
     """Run the rows of one seed in order, until `stop` is set. A row that is finished is not run again."""
+    if stop.is_set():
+        return
     quick, prepared = form == "quick", ROOT / folder / "prepared"
     if not prepared.exists():
         command = ["-m", *(substitute(word, folder, seed) for word in recipe.prepare)]
