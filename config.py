@@ -418,10 +418,11 @@ def default_text(name, flag, methods):
     for method, other in methods.items():
         if name in other.defaults:
             users.setdefault(in_words(other.defaults[name]), []).append(method)
-    if name not in GENERAL and len(users) == 1:             # the help names the methods already
+    own, differ = name not in GENERAL, len(users) > 1
+    if own and not differ:                                  # the help names the methods already
         users = {}
-    general = "" if flag.of_methods or "default:" in flag.about or users and name not in GENERAL \
-        else in_words(flag.default)
+    hidden = flag.of_methods or "default:" in flag.about or own and differ
+    general = "" if hidden else in_words(flag.default)
     parts = [general] if general else []
     parts += [f"{value} for {', '.join(some)}".strip() for value, some in users.items()]
     if not parts:

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList,
                           TemperatureLogitsWarper, TopPLogitsWarper)
 
+from config import first_line
+
 STEPS = {"cuda": 16, "cpu": 1}          # between two looks at which rows are done
 REFILL = 8                              # free rows are filled when they are one in so many
 PREFILL = 16384                         # tokens of prompts, padding included, in one forward pass
@@ -341,7 +343,7 @@ def obstacle(model, try_it=True):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                  # networks fail in many ways
-        return (str(error).strip() or repr(error)).splitlines()[0][:100]
+        return first_line(error)[:100]
     off = max((lp_T - logp_T).abs().max().item() for lp_T, (_, logp_T) in zip(lps, found))
     if not off < (1e-3 if model.dtype == torch.float32 else 0.5):
         return f"its log-probabilities would be off by {off:.2g} nats"

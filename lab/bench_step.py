@@ -1,6 +1,6 @@
 """One step of on-policy distillation from end to end, beside TRL's and beside what the machine can do.
 
-    python -m lab.bench_step                        # the small world's models: a minute on a CPU
+    python -m lab.bench_step                        # the small world's models: two minutes on a CPU
     python -m lab.bench_step --case 135M            # SmolLM2-135M's shape, with random weights
     python -m lab.bench_step --case 4B-to-0.6B      # Qwen3's shapes; needs a GPU
 
@@ -213,7 +213,7 @@ def tables(found, floor):
         sampled = [f"{median('sample'):.3f}", f"{ratio('sample'):.2f}"] if name != "trl" else ["", ""]
         memory = statistics.median(result["memory"] for result in found[name])
         whole.append([name, f"{median('step'):.3f}", f"{ratio('step'):.2f}", *sampled, f"{memory:.2f}"])
-    parts = [["our step", "s", "floor, s", "share of the floor, %"]]
+    parts = [["our step", "s", "floor, s", "floor / time, %"]]
     for part in PARTS:
         seconds = statistics.median(one[part] for one in ours)
         parts.append([part, f"{seconds:.3f}", f"{floor[part]:.3f}", f"{100 * floor[part] / seconds:.0f}"])

@@ -74,8 +74,9 @@ def first_config(recipe, out, seeds):
     return None
 
 
-# What a row spent -> its heading; tokens are in thousands.
-SPENT = {"updates": "updates", "sampled_tokens": "sampled, k", "learned_tokens": "learned, k",
+# What a row spent -> its heading; tokens are in thousands. Those in steps are of all the steps' completions,
+# kept or not; by teachers is what teachers, self-teachers and references read and wrote.
+SPENT = {"updates": "updates", "sampled_tokens": "sampled, k", "step_tokens": "in steps, k",
          "teacher_tokens": "by teachers, k"}
 
 
@@ -113,7 +114,7 @@ def combine(runs, second=False):
     ends = [steps[-1] for steps, _ in runs]
     return {"curve": curve, "minutes": sum(seconds) / 60, "updates": len(steps),
             "sampled_tokens": sum(end["sampled_tokens"] for end in ends),
-            "learned_tokens": sum(step["tokens"] for step in steps),
+            "step_tokens": sum(step["tokens"] for step in steps),
             "teacher_tokens": sum(end.get("teacher_tokens", 0) for end in ends)}
 
 

@@ -107,6 +107,11 @@ def prompt_key(prompt):
     return f"{prompt['branch']} {prompt['row']}"
 
 
+def prompts_by_key(run):
+    """Return {prompt_key: prompt} of all training prompts."""
+    return {prompt_key(prompt): prompt for rows in run.prompts.values() for prompt in rows}
+
+
 def by_branch(rollouts):
     """Return {branch: its rollouts}, in the order of first appearance."""
     return grouped(rollouts, lambda rollout: rollout.prompt["branch"])

@@ -16,7 +16,7 @@ the paper has one, is a grader of one's own.
 """
 from config import AMOUNT, COUNT, POSITIVE
 
-from . import embed, items_of_step, method, prompt_key
+from . import embed, items_of_step, method, prompt_key, prompts_by_key
 from .dpo import check_rounds_and_reference, preference_job
 
 
@@ -30,7 +30,7 @@ def apt(run, *, rounds: COUNT = 4, similar: AMOUNT = 1, dpo_beta: POSITIVE = 0.1
     dpo_beta        as in dpo
     """
     reference, length = run.self_teacher(run.student), run.cfg.steps // rounds
-    prompts = {prompt_key(prompt): prompt for rows in run.prompts.values() for prompt in rows}
+    prompts = prompts_by_key(run)
     for step in run.steps():
         number, step_of_round = divmod(step, length)
         if step_of_round == 0:

@@ -14,6 +14,8 @@ is 1 and -1, whatever the distance, and their consensus says nothing. A teacher 
 which writes once, greedily, or a name in a prompt row's "rationales". What it says before its answer is its
 rationale; y is the right answer, whatever the teacher said, in the form in which the teacher gave its own.
 """
+from collections import Counter
+
 import torch
 
 from config import POSITIVE, Refused
@@ -59,7 +61,7 @@ def weighted(run, rationales, temperature):
 
     Texts that do not end (None), that have no answer, or no room, are left out and counted.
     """
-    encode, rollouts, answers, skipped = run.student.encode_completion, [], [], {}
+    encode, rollouts, answers, skipped = run.student.encode_completion, [], [], Counter()
     for name, prompt, text in rationales:
         parts = None if text is None else split_at_answer(prompt["grader"], text, prompt["answer"])
         if parts:
@@ -70,7 +72,7 @@ def weighted(run, rationales, temperature):
         problem = ("does not end" if text is None else "gives no answer" if not parts else
                    "is too long" if not run.fits(r.prompt_ids, len(r.ids_T)) else None)
         if problem:
-            skipped[f"{name} {problem}"] = skipped.get(f"{name} {problem}", 0) + 1
+            skipped[f"{name} {problem}"] += 1
         else:
             rollouts.append(r)
             answers.append(len(encode(answer)))

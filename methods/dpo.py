@@ -10,6 +10,8 @@ authors, according to TRL, which does the same.
 The gradient of L with respect to log p(y+) is L'(h), and to log p(y-) it is -L'(h). So it is that of
 -log p(y), weighted with -L'(h) and L'(h): a policy gradient, which the fused loss computes.
 """
+from collections import Counter
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -87,14 +89,14 @@ def graded_pairs(run, rollouts):
 
     Of scores between 0 and 1 they are the best and the worst.
     """
-    pairs, skipped = [], {}
+    pairs, skipped = [], Counter()
     for group in by_prompt(rollouts).values():
         best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
         if best.reward > worst.reward:
             pairs.append((best, worst))
         else:
             why = {1: "all correct", 0: "all wrong"}.get(best.reward, "all of the same score")
-            skipped[why] = skipped.get(why, 0) + 1
+            skipped[why] += 1
     if skipped:
         run.notes["skipped"] = skipped
     return pairs

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import AMOUNT, COUNT, POSITIVE, PROBABILITY, SEVERAL, Refused
 
-from . import by_prompt, embed, items_of_step, method, prompt_key
+from . import by_prompt, embed, items_of_step, method, prompt_key, prompts_by_key
 from .dpo import check_rounds_and_reference, graded_pairs, preference_job
 
 CLUSTERS = 8
@@ -59,7 +59,7 @@ def sai_dpo(run, *, rounds: COUNT = 4, probe: AMOUNT = 0, drawn: PROBABILITY = 0
     dpo_beta        as in dpo
     """
     reference, length = run.self_teacher(run.student), run.cfg.steps // rounds
-    prompts = {prompt_key(prompt): prompt for rows in run.prompts.values() for prompt in rows}
+    prompts = prompts_by_key(run)
     cluster = run.once("clusters", lambda: find_clusters(run, prompts, clusters, cluster_field))
     if len({*cluster.values()}) == 1:
         tqdm.write("note: all problems are in one cluster, so only their difficulty selects")
@@ -97,8 +97,8 @@ def find_problems(run, probe, drawn, cluster):
 
     A pair is ((ids, text, reward) of a correct rollout, the same of a wrong one).
     """
-    every = [prompt for rows in run.prompts.values() for prompt in rows]
-    probed = {} if probe else {prompt_key(prompt): prompt for prompt in every}
+    every = prompts_by_key(run)
+    probed = {} if probe else every
     while len(probed) < min(probe, len(every)):
         probed |= {prompt_key(prompt): prompt for prompt in run.draw()}
     rollouts = run.sample(run.student, list(probed.values()))

@@ -26,7 +26,7 @@ with torch.device(on):
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 net.generation_config = GenerationConfig()
 model = models.Model("random", net, None, [0], size[-1] - 267 if on == "cuda" else 300, torch.bfloat16,
-                     torch.device(on), GenerationConfig())
+                     torch.device(on), {})
 
 
 def seconds(f):

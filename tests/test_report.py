@@ -283,7 +283,7 @@ def test_recipes_without_a_table_report_as_before(tmp_path):
         "| second | 30.0 ± 0.0 | 50.0 ± 0.0 | 0.1 |\n\n![curves](curves.png)\n")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["first"] == {"physics": [50, 60], "chemistry": [30, 30], "minutes": [0.05, 0.05],
-                             "updates": [1, 1], "sampled_tokens": [10, 10], "learned_tokens": [7, 7],
+                             "updates": [1, 1], "sampled_tokens": [10, 10], "step_tokens": [7, 7],
                              "teacher_tokens": [0, 0]}
 
 
@@ -302,7 +302,8 @@ def test_a_table_of_everything_says_what_each_row_spent_and_shows_every_seed(tmp
             leave(tmp_path / f"seed{number}" / name, [scored(-1, **scores), *lines, scored(2, **scores)])
     tables.write_recipe("everything", recipe, tmp_path, 2, "full")
     table = table_of((tmp_path / "report.md").read_text(), "")
-    assert table[""] == ["Phys.", "Chem.", "updates", "sampled, k", "learned, k", "by teachers, k", "minutes"]
+    assert table[""] == ["Phys.", "Chem.", "updates", "sampled, k", "in steps, k", "by teachers, k",
+                         "minutes"]
     assert table["alone"] == ["40.0 ± 0.0", "50.0 ± 14.1", "3", "15", "1", "3", "0.1"]
     assert table["co"][:2] == ["80.0 ± 0.0", "90.0 ± 0.0"] and table["missing"] == ["not run"] * 7
     axis = panels["where each seed (pale) and each mean ends"]

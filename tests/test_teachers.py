@@ -155,7 +155,7 @@ def test_each_teacher_of_okd_learns_from_its_own_branch_alone(start, two_branche
 
 
 def test_what_a_step_says_is_of_the_student(start):
-    """The teachers' own Jobs are beside it, by name; what the student reads for them is no teacher's token."""
+    """The teachers' own Jobs are beside it, by name; what a student reads for them is no teacher's token."""
     run = start(method="okd", steps=2, teacher_rank=0)
     opd.train(run)
     for line in metrics(run):
