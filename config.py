@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +65,9 @@ def number(kind, least=None, above=None, most=math.inf):
     return parse
 
 
-COUNT, AMOUNT, FINITE = number(int, least=1), number(int, least=0), number(float, above=-math.inf)
+LARGE = 2**20           # more of anything that memory holds at once could only be a slip of the hand
+COUNT, AMOUNT = number(int, least=1, most=LARGE), number(int, least=0)
+FINITE = number(float, above=-math.inf)
 SEVERAL = number(int, least=2)
 POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 PROBABILITY = number(float, above=0, most=1)
@@ -143,6 +147,8 @@ def pairs(values, flag, default):
         name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
         if name and Path(value).exists():                   # a path that has = in it
             name, found = None, value
+        elif not name and Path(value.partition("=")[2]).exists() and "=" in value:
+            raise Refused(f"{flag} {value}: a name has letters, digits, _ and - only")
         if not found:
             raise Refused(f"{flag} {value!r} names nothing")
         if name is None and len(values) > 1:
@@ -165,7 +171,7 @@ def home(path):
 def json_object(text):
     """Return a flag's JSON object, with options of the chat template, as a dict."""
     value = json.loads(text)
-    if not isinstance(value, dict) or "tokenize" in value:
+    if not isinstance(value, dict) or {"tokenize", "add_generation_prompt", "messages"} & value.keys():
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object with options of the chat template")
     return value
 
@@ -199,13 +205,20 @@ def knob_flags():
     return flags
 
 
+def samples(c):
+    """Return whether anything is sampled: rollouts, or answers to evaluation prompts."""
+    return c.samples or c.eval_prompts
+
+
 def has_divergence(c):
     """Return whether the loss is a divergence over the vocabulary, not a loss of the sampled token only."""
     return c.loss in DIVERGENCES
 
 
-SAMPLED_EVALUATION = (lambda c: c.eval_temperature > 0, "an --eval_temperature above 0: greedy completions "
-                      "are all the same")
+SAMPLED = (lambda c: c.samples, "a --method that samples from the prompts")
+EVALUATED = (lambda c: c.eval_prompts or getattr(c, "val_prompts", None), "--eval_prompts")
+SAMPLED_EVALUATION = (lambda c: EVALUATED[0](c) and c.eval_temperature > 0, "evaluation prompts and an "
+                      "--eval_temperature above 0: greedy completions are all the same")
 DIAGNOSED = (lambda c: c.diagnose_every, "--diagnose_every")
 
 FLAGS = {
@@ -279,7 +292,7 @@ FLAGS = {
         "templates": Flag(None, "JSON with the texts that self-teachers and tutors read; default: those of "
                           "methods/feedback.py", shown="FILE", of_methods=True)},
     "optimisation": {
-        "steps": Flag(100, "optimizer steps of each student", COUNT, basic=True,
+        "steps": Flag(100, "optimizer steps of each student", number(int, least=1), basic=True,
                       # with these settings no step depends on where the training ends
                       resume=lambda c: (c.lr_schedule == "constant" and c.target == "teacher"
                                         and not hasattr(c, "rounds"))),
@@ -301,28 +314,39 @@ FLAGS = {
                                        "for one more forward pass", bool, resume=True),
         "lora_rank": Flag(0, "train a LoRA adapter of this rank on all linear layers (not on experts that "
                           "are one tensor) instead of the weights, which then are kept in --dtype; needs "
-                          "peft; 0 = no adapter", AMOUNT, basic=True),
+                          "peft; 0 = no adapter", number(int, least=0, most=2**14), basic=True),
         "lora_alpha": Flag(32.0, "LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA "
                            "Without Regret'", POSITIVE,
                            only=(lambda c: c.lora_rank or getattr(c, "teacher_rank", 0), "--lora_rank"))},
     "sampling and evaluation": {
-        "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", POSITIVE),
-        "top_p": Flag(1.0, "of the rollouts; likewise", PROBABILITY),
+        "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", POSITIVE,
+                            only=SAMPLED),
+        "top_p": Flag(1.0, "of the rollouts; likewise", PROBABILITY, only=SAMPLED),
         "max_new_tokens": Flag(None, "longest completion, in tokens; default: 512, or 2048 where the chat "
-                               "template lets the student think", COUNT, basic=True),
+                               "template lets the student think", COUNT, basic=True,
+                               only=(samples, "a --method that samples, or --eval_prompts")),
+        "drop_cut": Flag(False, "completions that reach --max_new_tokens without an end are not learned from; "
+                         "in camopd they are not selected, in preferences their pair is left out, in grpo "
+                         "their rewards still count in the mean", bool, only=SAMPLED),
+        "drop_long": Flag(False, "leave out prompts that have no room for a completion, and say how many, "
+                          "instead of refusing their file", bool),
         "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "
                              "memory holds, or a GiB on a CPU, at most 512; 64 with transformers' generate",
                              COUNT),
         "chat_template_kwargs": Flag({}, "passed to the chat template, e.g. '{\"enable_thinking\": false}'",
                                      json_object, shown="JSON"),
+        "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; default: "
+                                             "what the students get", json_object, shown="JSON",
+                                             only=(lambda c: c.teachers or getattr(c, "self_teacher", "live")
+                                                   != "live", "a teacher that is not the student itself")),
         "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
                            "after training only; default: 0, or a round of methods that have rounds", AMOUNT,
-                           resume=True),
+                           resume=True, only=(lambda c: c.eval_prompts, "--eval_prompts")),
         "eval_rollouts": Flag(1, "completions per evaluation prompt; the score is their mean", COUNT,
                               only=SAMPLED_EVALUATION),
         "gate_rollouts": Flag(16, "completions per validation prompt of the gate, as in evaluation", COUNT,
                               of_methods=True, only=SAMPLED_EVALUATION),
-        "eval_temperature": Flag(0.0, "of evaluation; 0 = greedy", NOT_NEGATIVE),
+        "eval_temperature": Flag(0.0, "of evaluation; 0 = greedy", NOT_NEGATIVE, only=EVALUATED),
         "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY,
                            only=SAMPLED_EVALUATION)},
     "diagnosis: what the gradients are like (lab/diagnosis.py)": {
@@ -352,6 +376,15 @@ GENERAL = {name: flag for group in FLAGS.values() for name, flag in group.items(
 
 
 # ---- the parser --------------------------------------------------------------------------------------------
+
+class Once(argparse.Action):
+    """Keep a flag's value, and refuse a second one, by which the first would be lost without a word."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option} is given twice; several values stand behind one {option}")
+        setattr(namespace, self.dest, values)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises Refused where argparse would print its usage and exit."""
@@ -391,7 +424,7 @@ def build_parser(about, methods, everything):
                 options |= dict(action="store_true")
             else:
                 kind = str if isinstance(flag.type, (PerBranch, Ratio)) else flag.type
-                options |= dict(type=kind, nargs=flag.words, metavar=flag.shown or placeholder(flag))
+                options |= dict(action=Once, type=kind, nargs=flag.words, metavar=flag.shown or placeholder(flag))
             group.add_argument(f"--{name}", **options)
     return parser
 
@@ -482,7 +515,7 @@ def parse(argv, about, methods):
     match_teachers(cfg, method, branches)
     complete_branches(cfg, given, method, branches)
     check_students(cfg, method)
-    check_effects(cfg, given, own_flags(methods))
+    check_effects(cfg, given, method, own_flags(methods))
     complete_machine(cfg, method)
     if method.check:
         method.check(cfg)
@@ -509,8 +542,9 @@ def complete_objective(cfg, given, method):
     if cfg.loss not in method.losses:
         raise Refused(f"--method {cfg.method} cannot use --loss {cfg.loss}; "
                       f"it can use: {', '.join(method.losses)}")
-    if cfg.importance[0] >= cfg.importance[1]:
-        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH")
+    if not cfg.importance[0] < cfg.importance[1] or not cfg.importance[0] <= 1 <= cfg.importance[1]:
+        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH, and 1, the "
+                      "ratio of a sampler that is the student, between them")
     if not has_divergence(cfg):
         for flag in ("support", "top_k"):                   # the method's own defaults are for a divergence
             if flag not in given:
@@ -554,6 +588,8 @@ def complete_branches(cfg, given, method, branches):
     for name, own in method.own.items():
         if isinstance(own.type, (PerBranch, Ratio)):
             setattr(cfg, name, own.type.complete(given.get(name), own.default, branches, f"--{name}"))
+    if (many := cfg.batch * getattr(cfg, "rollouts", 1)) > LARGE:
+        raise Refused(f"--batch {cfg.batch} with its --rollouts is {many:,} completions per step; at most {LARGE:,}")
     mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # otherwise a step has one branch
     if mixed and not all(split(cfg.batch, cfg.mixture, branches).values()):
         raise Refused(f"--batch {cfg.batch} leaves a branch without prompts in the mixture "
@@ -579,10 +615,11 @@ def check_students(cfg, method):
     raise Refused(f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
 
 
-def check_effects(cfg, given, own):
+def check_effects(cfg, given, method, own):
     """Refuse a flag that was set and has no effect under the other settings."""
+    settings = SimpleNamespace(**vars(cfg), samples=method.samples)
     for name, flag in (GENERAL | own).items():
-        if name in given and flag.only and getattr(cfg, name) != flag.default and not flag.only[0](cfg):
+        if name in given and flag.only and getattr(cfg, name) != flag.default and not flag.only[0](settings):
             raise Refused(f"--{name} has no effect without {flag.only[1]}")
 
 
@@ -605,11 +642,17 @@ def complete_machine(cfg, method):
     if cfg.teacher_device == "cpu" != cfg.device and shared:
         raise Refused("--teacher_device cpu: a self-teacher shares the student's network; choose cuda or "
                       "swap, or --self_teacher frozen")
+    if cfg.teacher_chat_template_kwargs is None:
+        cfg.teacher_chat_template_kwargs = cfg.chat_template_kwargs
+    if (cfg.lora_rank or getattr(cfg, "teacher_rank", 0)) and not find_spec("peft"):
+        raise Refused(f"--{'lora' if cfg.lora_rank else 'teacher'}_rank needs peft: pip install peft")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
     cfg.eval_top_p = cfg.eval_top_p or cfg.top_p
     if cfg.eval_every is None:
         rounds = getattr(cfg, "rounds", 0)
         cfg.eval_every = cfg.steps * len(cfg.student) // rounds if rounds else 0
+    if cfg.out == "":
+        raise Refused("--out '' names no folder")
     cfg.out = home(cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}")
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
 
@@ -642,14 +685,28 @@ def record(cfg):
             "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
+def check_out(out):
+    """Refuse an --out that cannot be written, before anything is."""
+    try:
+        path = Path(out)
+        if path.is_symlink() and not path.exists():
+            raise Refused(f"--out {out} is a link to what is not there")
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except (OSError, ValueError) as error:                      # a name that is too long, say, or with a NUL
+        raise Refused(f"--out {out[:60]!r} can be no folder: {first_line(error)}") from None
+    if not there.is_dir():
+        raise Refused(f"--out {out}: {there} is a file; it must be a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"--out {out}: {there} cannot be written")
+
+
 def check_resume(cfg):
     """Refuse an --out that holds something else than a run, or a run without --resume.
 
     Return the settings that the run was started with, or None if there is none to continue.
     """
+    check_out(cfg.out)
     out, before = Path(cfg.out), read_config(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise Refused(f"--out {out} is a file; it must be a folder")
     if before is None:
         if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
             raise Refused(f"--out {out} holds other files and no run; choose another --out")

@@ -1,31 +1,23 @@
 """Models: from a checkpoint to what the loop uses, and back to a checkpoint.
 
-    Model         a causal language model with its tokenizer: encode, generate, hidden_states, log_probs
+    Model         a Reader (text.py) with weights, a causal language model: generate, hidden_states, log_probs
     Learner       a Model that learns: with its optimizers and, if it has one, its moving average
     load          load and check any decoder-only model that transformers knows; --lora_rank adds an adapter
     check_*       refuse by name what would train wrongly: unknown logits, attention to later tokens
-    share_*       make student and teacher agree on the token ids, and on where a completion ends
     save_*        write what from_pretrained, or peft, reads again, and what a restart needs
 
 Parameters that learn are kept in float32, and frozen ones in --dtype. The computation is in --dtype for both,
 but the residual stream and the norms are float32 in both (a quantised teacher's norms stay as they come).
 Otherwise the gap between two equal models would not be 0 but their rounding errors.
-
-Other files import transformers, or sampler.py, after this file: see below about `kernels`.
 """
 import contextlib
 import copy
 import functools
 import json
-import math
 import warnings
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
-import transformers.utils.import_utils
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -33,47 +25,26 @@ from tqdm import tqdm
 from config import Refused, first_line
 from kernels import linear_divergence, linear_logprob
 
-# transformers uses the package `kernels` of PyPI where it is installed. But `import kernels` would find this
-# project's folder of that name, so transformers is told that the package is not there.
-for module in (transformers.utils, transformers.utils.import_utils):
-    module.is_kernels_available = lambda *args, **kwargs: False
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
+# First, so that transformers is imported there.
+from text import Reader, change, reading
 
 import sampler
-
-# What a student brings beside its weights, and final/ gives back.
-OWN_FILES = ("config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json",
-             "added_tokens.json", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-             "*chat_template*", "*chat_template*/*")
-# Tokenizers cut these in different ways: capitals, numbers, signs, white space, other scripts.
-PROBE = "It's 2024:\t12,345.67 (they'LL say)\n\n  naïve Ωμέγα 北京 x_1=={y};\r\n "
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-@dataclass(eq=False)
-class Model:
+@dataclass(eq=False, kw_only=True)
+class Model(Reader):
     """A causal language model with its tokenizer."""
-    path: str
     net: torch.nn.Module
-    tok: object
-    stops: list                         # token ids that end a completion
-    vocab: int                          # token ids that models share; the head may have more rows (padding)
     dtype: torch.dtype                  # of the computation; parameters that learn are float32
     device: torch.device                # of the computation
-    files: dict                         # of a learner: {name: bytes} of OWN_FILES, to be saved again
-    template_kwargs: dict = field(default_factory=dict)     # options of the chat template
     adapter: object = None              # peft's wrapper of `net`, when only an adapter learns
     without_adapter: bool = False       # `net` is the student's; its adapter is off in this model
     offloaded: bool = False             # the weights wait in main memory while the model is not `on_device`
     values: dict = field(default_factory=dict)  # parameter of `net` -> its other value in this model
     served: bool = True                 # by our own sampler; otherwise by transformers' generate
-
-    @property
-    def config(self):
-        """The language model's part of the config."""
-        return self.net.config.get_text_config()
 
     @property
     def body(self):
@@ -101,44 +72,6 @@ class Model:
     def softcap(self):
         """The c of c * tanh(logits / c), which bounds the logits (Gemma 2); None where nothing does."""
         return getattr(self.config, "final_logit_softcapping", None)
-
-    @property
-    def positions(self):
-        """The largest number of tokens that the model can take, prompt and completion together."""
-        return getattr(self.config, "max_position_embeddings", None) or math.inf
-
-    # -- text and token ids
-
-    def encode(self, prompt):
-        """Return the token ids of a prompt (text or chat messages) up to where its completion begins.
-
-        A model with a chat template sees the messages in its template; plain text becomes one user message.
-        A model without a template (a base model) sees the plain text.
-        """
-        if self.tok.chat_template:
-            text = rendered(self.tok, prompt, self.template_kwargs)
-            ids = self.tok(text, add_special_tokens=False).input_ids
-        elif not isinstance(prompt, str):
-            raise Refused(f"{self.tok.name_or_path} has no chat template, but the prompt is a list of "
-                          "messages")
-        else:
-            ids = self.tok(prompt).input_ids
-            if len(ids) > 1 and ids[-1] == self.tok.eos_token_id:   # some tokenizers close every text
-                ids = ids[:-1]
-        if not ids:
-            raise Refused(f"a prompt without tokens: {prompt!r}")
-        return ids
-
-    def encode_completion(self, text):
-        """Return the token ids of a fixed completion and the token that ends it, to be learned too."""
-        end = end_of_turn(self.tok)
-        closing = self.tok.eos_token_id if end is None else end
-        return self.tok(text, add_special_tokens=False).input_ids + [closing]
-
-    def decode(self, ids_T):
-        """Return a completion as text without its stop token. Special tokens within it (<think>) stay."""
-        ids = ids_T.tolist()
-        return self.tok.decode(ids[:-1] if ids[-1] in self.stops else ids)
 
     # -- forward passes
 
@@ -230,7 +163,7 @@ class Model:
         return sampler.sample(self, prompts, temperature, top_p, max_new_tokens, rows)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Learner(Model):
     """A Model that learns. The loop updates it, and saves and restores it under its name."""
     name: str = "student"
@@ -255,79 +188,26 @@ def micro_batches(lengths, micro_tokens):
     return groups
 
 
-# ---- chat templates ----------------------------------------------------------------------------------------
-
-def messages(prompt):
-    """Return a prompt as chat messages; plain text becomes one user message."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def rendered(tok, prompt, template_kwargs=None):
-    """Return a prompt as text in the tokenizer's chat template, up to where the answer begins."""
-    return tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
-                                   **(template_kwargs or {}))
-
-
-@functools.lru_cache(maxsize=64)
-def end_of_turn(tok):
-    """Return the id of the special token that the chat template puts after an answer, or None.
-
-    It is the tokenizer's EOS in most families, but Gemma ends turns with <end_of_turn> and texts with <eos>.
-    """
-    if not tok.chat_template:
-        return None
-    answer = "an answer"
-    try:
-        text = tok.apply_chat_template([*messages("a question"), {"role": "assistant", "content": answer}],
-                                       tokenize=False)
-    except Exception:                                           # templates raise what they like
-        return None
-    if answer not in text:
-        return None
-    after = tok(text.rpartition(answer)[2], add_special_tokens=False).input_ids
-    special = {i for i, token in tok.added_tokens_decoder.items() if token.special} | set(tok.all_special_ids)
-    return next((i for i in after if i in special), None)
-
-
-def ignores_text(tok):
-    """Return whether the chat template leaves out the text: some templates know only lists of parts."""
-    try:
-        return bool(tok.chat_template) and "a question" not in rendered(tok, "a question").lower()
-    except Exception:                                           # the check of the prompts says what is wrong
-        return False
-
-
-def may_think(model):
-    """Return whether the chat template has Qwen3's switch for thinking, and nobody has switched it off."""
-    return ("enable_thinking" in (model.tok.chat_template or "")
-            and model.template_kwargs.get("enable_thinking", True))
-
-
 # ---- load --------------------------------------------------------------------------------------------------
 
-def load(path, cfg, learns=False, weights=None, name="student"):
-    """Return a Model from anything that from_pretrained takes; a Learner called `name` if it `learns`.
+def load(reader, cfg, learns=False, weights=None, name="student"):
+    """Return a Reader's Model; a Learner called `name` if it `learns`.
 
     weights: a folder (a checkpoint) to read the parameters, or the adapter's, from instead. With cfg.dry_run
-    only the config and the tokenizer are read, and the parameters are fake tensors: shapes without memory.
+    the parameters are fake tensors: shapes without memory.
     """
     transformers.utils.logging.disable_progress_bar()
+    path, quantised = reader.path, reader.quantised
     dtype, lora = getattr(torch, cfg.dtype), cfg.lora_rank if learns else 0
-    config, tok, defaults, files = read_folder(path)
-    quantised = getattr(config, "quantization_config", None)
-    if learns and quantised:
-        raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with "
-                      "--lora_rank if memory is short (quantised --teachers are fine)")
     offloaded, device = False, torch.device("cpu" if cfg.dry_run else cfg.device)
     if not learns:
         offloaded = cfg.teacher_device == "swap" and not cfg.dry_run
         device = torch.device("cpu") if cfg.teacher_device == "cpu" else device
-        if offloaded and quantised:
-            raise Refused(f"{path} is quantised, which --teacher_device swap cannot move; choose cuda")
     kept = torch.float32 if learns and not lora else dtype     # the dtype that the parameters are kept in
-    with reading(path):
-        net = (fake_net(config, kept) if cfg.dry_run else
-               read_net(path if lora else weights or path, kept, device if quantised else None))
+    source = path if lora else weights or path
+    with reading(source):
+        net = (fake_net(reader.whole_config, kept) if cfg.dry_run else
+               read_net(source, kept, device if quantised else None))
     if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
     net.eval().requires_grad_(learns and not lora)
@@ -341,12 +221,9 @@ def load(path, cfg, learns=False, weights=None, name="student"):
         for x in tensors(net):
             x.data = x.data.pin_memory()                        # pages that the GPU can copy by itself
     check_head(path, net)
-    # Gemma 3's tokenizer has one token more, for images, than its text models have rows.
-    vocab = min(max(tok.get_vocab().values()) + 1, len(net.get_output_embeddings().weight))
-    common = dict(path=path, net=net, tok=tok, stops=stop_tokens(path, tok, defaults, vocab), vocab=vocab,
-                  dtype=dtype, device=device, files=files if learns else {},
-                  template_kwargs=cfg.chat_template_kwargs, offloaded=offloaded)
-    model = Learner(name=name, **common) if learns else Model(**common)
+    facts = {f.name: getattr(reader, f.name) for f in fields(Reader)} | dict(
+        whole_config=net.config, net=net, dtype=dtype, device=device, offloaded=offloaded)
+    model = Learner(**facts, name=name) if learns else Model(**facts)
     if lora:
         model.adapter = add_adapter(model, cfg, weights).eval()
     with model.on_device():
@@ -360,18 +237,6 @@ def load(path, cfg, learns=False, weights=None, name="student"):
     if learns:
         model.optimizers = build_optimizers(model, cfg)
     return model
-
-
-def stop_tokens(path, tok, defaults, vocab):
-    """Return the ids that end a completion: of EOS, of the end of a turn, and of the generation defaults."""
-    eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
-    stops = {i for i in (tok.eos_token_id, end_of_turn(tok), *eos) if isinstance(i, int) and 0 <= i < vocab}
-    if not stops:
-        raise Refused(f"{path}: its EOS token has no row in the model, so a completion could never end")
-    if ordinary := sorted(stops - tok.added_tokens_decoder.keys() - {*tok.all_special_ids}):
-        tqdm.write(f"note: {path} stops at {', '.join(repr(tok.decode(i)) for i in ordinary)}, which its "
-                   "config.json or generation_config.json calls EOS, but it is an ordinary token")
-    return sorted(stops)
 
 
 def match_precision(net, kept, dtype, quantised):
@@ -398,69 +263,6 @@ def scale_embedding_fp32(module, inputs, out, dtype):
     """Return an embedding times its scale in float32; the scale is rounded to `dtype` as in transformers."""
     embedded = torch.nn.functional.embedding(inputs[0], module.weight)
     return embedded.float() * module.embed_scale.to(dtype).float()
-
-
-def read_folder(path):
-    """Return (config, tokenizer, generation config, own files) of a checkpoint, whose code is never run."""
-    local = Path(path)
-    if not local.is_dir() and (path[0] in "./" or path.count("/") > 1):
-        raise Refused(f"cannot load {path}: no such folder, and not a hub id")
-    if (local / "adapter_config.json").exists():
-        raise Refused(f"{path} is an adapter; give a merged model, as a run's final/ is")
-    if local.is_dir() and not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
-        raise Refused(f"cannot load {path}: no tokenizer in this folder"
-                      + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
-    with reading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        files = own_files(Path(cached_file(path, "config.json")).parent)       # of a hub id: in the cache
-        try:
-            defaults = GenerationConfig.from_pretrained(path)
-        except OSError:                                         # many checkpoints have none
-            if (local / "generation_config.json").exists():
-                raise
-            defaults = GenerationConfig.from_model_config(config)
-            files["generation_config.json"] = defaults.to_json_string().encode()
-        if "tokenizer.json" in files and not reads_its_file(tok, files["tokenizer.json"]):
-            tqdm.write(f"note: {path} is read as its tokenizer.json says, not as {type(tok).__name__} does")
-            tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-            change(files, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    if tok.eos_token_id is None:
-        raise Refused(f"{path}: the tokenizer has no EOS token, so a completion could never end")
-    return config, tok, defaults, files
-
-
-def own_files(folder):
-    """Return {name: bytes} of a checkpoint's configs, tokenizer and chat templates."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for pattern in OWN_FILES for path in folder.glob(pattern) if path.is_file()}
-
-
-def change(files, name, **values):
-    """Replace values in one of a checkpoint's own JSON files."""
-    files[name] = json.dumps(json.loads(files.get(name, "{}")) | values, indent=2).encode()
-
-
-def reads_its_file(tok, tokenizer_json):
-    """Return whether a tokenizer gives the ids of its file. Some classes replace parts of what it says."""
-    core = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-    core.no_truncation()
-    core.no_padding()
-    words = sorted(core.get_vocab(with_added_tokens=False).values())
-    text = PROBE + " ".join(core.decode([i]) for i in words[::len(words) // 4000 + 1])
-    ids = core.encode(text, add_special_tokens=False).ids
-    return tok(text, add_special_tokens=False, verbose=False).input_ids == ids
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Context manager: refuse in one line whatever is wrong with a checkpoint."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, Refused):
-        raise
-    except Exception as error:          # every kind of file can be broken in its own way
-        raise Refused(f"cannot load {path}: {first_line(error)}") from None
 
 
 def read_net(source, dtype, device):
@@ -567,36 +369,29 @@ def build_optimizers(model, cfg):
 
 # ---- the models of a run -----------------------------------------------------------------------------------
 
-def load_students(cfg, checkpoint, teacher_learns):
-    """Return the Learners of --student: "student", or "1" and "2". checkpoint: to resume from, or None."""
-    names = ["student"] if len(cfg.student) == 1 else [str(i + 1) for i in range(len(cfg.student))]
+def load_students(readers, cfg, checkpoint, teacher_learns):
+    """Return the students as Learners: "student", or "1" and "2". checkpoint: to resume from, or None."""
+    names = ["student"] if len(readers) == 1 else [str(i + 1) for i in range(len(readers))]
     several = len(names) > 1 or teacher_learns
-    students = [load(path, cfg, learns=True, weights=learner_folder(checkpoint, name, several), name=name)
-                for path, name in zip(cfg.student, names)]
-    for other in students[1:]:
-        share_tokens(students[0], other)
+    students = [load(reader, cfg, learns=True, weights=learner_folder(checkpoint, name, several), name=name)
+                for reader, name in zip(readers, names)]
     if len(students) > 1 and cfg.teacher_device == "swap" and not cfg.dry_run:
         for student in students:
             offload(student)
     return students
 
 
-def load_teachers(cfg, checkpoint, students, teacher_learns):
-    """Return {path: Model} of --teachers, Learners if teacher_learns. They share the students' tokens."""
-    student, teachers = students[0], {}
-    for path in dict.fromkeys(cfg.teachers.values()):
+def load_teachers(readers, student, cfg, checkpoint, teacher_learns):
+    """Return {path: Model} from {path: Reader}, Learners if teacher_learns."""
+    teachers = {}
+    for path, reader in readers.items():
         name = f"teacher{len(teachers) or ''}"
         if teacher_learns:
             weights, adapted = learner_folder(checkpoint, name, several=True), copy.copy(cfg)
             adapted.lora_rank = getattr(cfg, "teacher_rank", cfg.lora_rank)
-            teachers[path] = load(path, adapted, learns=True, weights=weights, name=name)
+            teachers[path] = load(reader, adapted, learns=True, weights=weights, name=name)
         else:
-            teachers[path] = load_frozen(path, student, cfg)
-        share_tokens(student, teachers[path])
-    for other in students[1:]:
-        other.vocab = student.vocab
-    for teacher in teachers.values():
-        share_stops(student, teacher)
+            teachers[path] = load_frozen(reader, student, cfg)
     return teachers
 
 
@@ -605,21 +400,19 @@ def learner_folder(folder, name, several):
     return folder and (folder / name if several else folder)
 
 
-def load_frozen(path, student, cfg):
+def load_frozen(reader, student, cfg):
     """Return a frozen teacher. The student without its adapter is one that takes no memory."""
-    if cfg.lora_rank and path == student.path:
-        return twin(student, without_adapter=True)
-    return load(path, cfg)
+    if cfg.lora_rank and reader.path == student.path:
+        return twin(student, without_adapter=True, template_kwargs=reader.template_kwargs)
+    return load(reader, cfg)
 
 
-def make_self_teacher(student, kind, cfg):
+def make_self_teacher(reader, student, kind, cfg):
     """Return a student's self-teacher of --self_teacher's kind; None where the method has none."""
     if kind == "frozen":
-        start = load_frozen(student.path, student, cfg)
-        share_stops(student, start)
-        return start
+        return load_frozen(reader, student, cfg)
     if kind in ("ema", "snapshot"):
-        student.average = make_average(student, cfg)
+        student.average = make_average(reader, student, cfg)
         return student.average
     return student if kind == "live" else None
 
@@ -631,7 +424,7 @@ def twin(student, **changes):
     return Model(**{f.name: getattr(student, f.name) for f in fields(Model)} | changes)
 
 
-def make_average(student, cfg):
+def make_average(reader, student, cfg):
     """Return a teacher that uses the student's network with other values: a moving average or a snapshot.
 
     Only the parameters that learn (of an adapter, say) are kept twice; with --teacher_device swap the second
@@ -639,7 +432,7 @@ def make_average(student, cfg):
     """
     device = "cpu" if cfg.teacher_device == "swap" else student.device
     values = {p: p.detach().to(device, copy=True) for p in student.net.parameters() if p.requires_grad}
-    return twin(student, values=values)
+    return twin(student, values=values, template_kwargs=reader.template_kwargs)
 
 
 def average_values(student):
@@ -760,42 +553,6 @@ def check_log_probs(student, lps, sampled_lps):
         raise Refused(f"{student.path}: in {type(student.net).__name__} the sampler's log-probs differ from "
                       f"the training forward's by {off:.3f} nats per token: the rollouts are not on-policy")
     return off
-
-
-def share_tokens(student, other):
-    """Refuse models whose token ids differ: distillation compares distributions id by id.
-
-    A teacher may have more tokens behind the student's last one (Qwen3 and Qwen2.5): its distribution is
-    renormalised over the student's tokens. Another learner may not.
-    """
-    ours, theirs = student.tok.get_vocab(), other.tok.get_vocab()
-    more = {token: i for token, i in theirs.items() if i >= student.vocab and token not in ours}
-    different = [f"{token!r}: {ours.get(token)} / {theirs.get(token)}"
-                 for token in sorted((ours.keys() | theirs.keys()) - more.keys())
-                 if ours.get(token) != theirs.get(token)]
-    if more and isinstance(other, Learner):
-        different += [f"{token!r}: none / {i}" for token, i in more.items()]
-    if different:
-        raise Refused(f"{student.path} and {other.path} have different tokenizers ({len(different)} tokens "
-                      f"differ: {'; '.join(different[:3])}); models that teach each other must share one")
-    if more:
-        tqdm.write(f"note: {other.path} has {len(more)} tokens that the student lacks "
-                   f"({', '.join(sorted(more, key=more.get)[:4])}); their probability is left out")
-    student.vocab = min(student.vocab, other.vocab)
-
-
-def share_stops(student, teacher):
-    """Make the student end where its teacher would, and the teacher write in the student's tokens.
-
-    A base model has never seen the end-of-turn token of its chat-tuned teacher. It learns the token from the
-    teacher, but without this it would write on behind it.
-    """
-    teacher.vocab = student.vocab
-    new = [i for i in teacher.stops if i < student.vocab and i not in student.stops]
-    if new:
-        student.stops = sorted(student.stops + new)
-        tqdm.write(f"note: the student also stops at {', '.join(repr(teacher.tok.decode(i)) for i in new)}, "
-                   f"where {teacher.path} ends its texts")
 
 
 # ---- save --------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from methods import METHODS, Job, Rollout, by_branch, shuffled
 from methods.feedback import Templates, read_templates
 from models import micro_batches
 from sampler import default_rows
+from text import read_models
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -374,15 +375,16 @@ class Run:
             for name in ("max_new_tokens", "sample_batch"):     # their defaults depend on the student
                 setattr(cfg, name, getattr(cfg, name) or previous.get(name))
             config.check_same_experiment(cfg, previous)
+        self.read_models()                                      # whatever is wrong is found before the
+        if not cfg.max_new_tokens:                              # weights are read
+            cfg.max_new_tokens = 2048 if self.student.may_think() else 512
+        self.longest = check_prompts(self)
         self.load_models(checkpoint)
-        if not cfg.max_new_tokens:                              # it depends on the student's chat template
-            cfg.max_new_tokens = 2048 if models.may_think(self.student) else 512
         cursor = dict.fromkeys(self.branches, 0)                # of each student, in each branch
         self.state = {"step": 0, "sampled_tokens": 0, "teacher_tokens": 0, "memory": {},
                       "cursor": [dict(cursor) for _ in self.students]}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
         self.notes = {}                                         # what a method adds to a step's metrics
-        self.longest = check_prompts(self)
         cfg.sample_batch = cfg.sample_batch or default_rows(
             self.student, max(self.longest.prompt, self.longest.read) + cfg.max_new_tokens, cfg.device)
         if checkpoint and not cfg.dry_run:
@@ -403,19 +405,32 @@ class Run:
         cfg.prompts_sha256 = {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
                               for name, text in texts.items()}
 
+    def read_models(self):
+        """Read what is known of the models without their weights (text.py)."""
+        self.students, by_path = read_models(self.cfg, self.method.teacher_learns)
+        self.self_teachers = [replace(student, template_kwargs=self.cfg.teacher_chat_template_kwargs)
+                              for student in self.students]
+        self.name_models(by_path)
+
     def load_models(self, checkpoint):
-        """Load students, teachers and self-teachers (models.py)."""
-        cfg = self.cfg
+        """Make Models of the Readers: students, teachers and self-teachers, with their weights (models.py)."""
+        cfg, learns = self.cfg, self.method.teacher_learns
         if cfg.device != "cpu" and not cfg.dry_run:
             torch.cuda.set_device(cfg.device)                   # streams and graphs are of the current device
-        self.students = models.load_students(cfg, checkpoint, self.method.teacher_learns)
-        self.student = self.students[0]
-        by_path = models.load_teachers(cfg, checkpoint, self.students, self.method.teacher_learns)
-        self.teachers = {branch: by_path[path] for branch, path in cfg.teachers.items()}
-        self.teacher = next(iter(by_path.values())) if len(by_path) == 1 else None     # the only one
+        readers = {path: self.teachers[branch] for branch, path in cfg.teachers.items()}
+        self.students = models.load_students(self.students, cfg, checkpoint, learns)
+        by_path = models.load_teachers(readers, self.students[0], cfg, checkpoint, learns)
         kind = getattr(cfg, "self_teacher", None)
-        self.self_teachers = [models.make_self_teacher(student, kind, cfg) for student in self.students]
+        self.self_teachers = [models.make_self_teacher(reader, student, kind, cfg)
+                              for reader, student in zip(self.self_teachers, self.students)]
         self.learners = self.students + [t for t in by_path.values() if isinstance(t, models.Learner)]
+        self.name_models(by_path)
+
+    def name_models(self, by_path):
+        """Give the models their names for a method. by_path: {path: teacher}."""
+        self.student = self.students[0]
+        self.teachers = {branch: by_path[path] for branch, path in self.cfg.teachers.items()}
+        self.teacher = next(iter(by_path.values())) if len(by_path) == 1 else None     # the only one
 
     # -- what a method asks for
 
@@ -471,6 +486,9 @@ class Run:
                 assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
                 assert jobs, f"{self.cfg.method} has yielded no rollouts"
+                if self.cfg.drop_cut:
+                    for job in jobs:
+                        job.leave_out_cut()
                 yield jobs
                 progress.update()
 

@@ -1,43 +1,122 @@
-"""The check of all prompts before the first step. What would fail later is refused, with file and line."""
+"""The check of all prompts before weights are read. What would fail later is refused, with file and line.
+
+A prompt is what its author meant: every word of it is in what each model reads, and the user spoke last.
+"""
 from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from config import Refused
-from models import ignores_text, may_think
+from config import Refused, first_line, nearest
+from text import messages, opens_thinking
 
-from .graders import can_be_correct
+from .graders import can_be_correct, without_thinking
 from .prompts import check_grader
+
+RULES = {                   # what a row can break, in the order in which it is checked -> in words for --dry_run
+    "fields": "lack what the method learns from, or what evaluation compares with",
+    "user": "do not end with a word of the user",
+    "wrapped": "are in the chat template already",
+    "template": "cannot be read by a model with every word in them",
+    "completion": "have a text to learn from that cannot follow the prompt, or goes on behind its end",
+    "answer": "have an answer that no completion can give",
+    "tokens": "have tokens that a model does not know",
+    "length": "have no room for a completion"}
+
+
+class Fault(Refused):
+    """What is wrong with a row. rule: a key of RULES."""
+
+    def __init__(self, rule, message):
+        super().__init__(message)
+        self.rule = rule
 
 
 def check_prompts(run):
-    """Refuse a row that cannot be rendered, does not fit the models, or cannot be graded or learned from.
+    """Refuse rows that cannot be rendered, do not fit the models, or cannot be graded or learned from.
 
-    A row that has an answer and names no grader gets that of --grader.
-    Return the largest lengths in tokens: .prompt, of a prompt as any of the models sees it; .completion; and
-    .read, of a prompt that a self-teacher or a tutor can get to read.
+    A row that has an answer and names no grader gets that of --grader. With --drop_long rows that are too
+    long are left out. Return the largest lengths in tokens: .prompt, of a prompt as any of the models sees
+    it; .completion; and .read, of a prompt that a self-teacher or a tutor can get to read.
     """
-    cfg, longest = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0)
+    cfg, longest, found = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0), {}
     check_grader("--grader: ", cfg.grader or "exact")
     for rows in (*run.prompts.values(), *run.evals.values(), *run.gate_prompts.values()):
         for row in rows:
             if "answer" in row:
                 row.setdefault("grader", cfg.grader or "exact")
+    check_options(run)
     for branch, rows in run.prompts.items():
         teachers = [run.teachers[branch]] if branch in run.teachers else []
         teachers = run.teachers.values() if run.method.teachers == "any" else teachers
         readers = dict.fromkeys([*run.students, *teachers])     # each model once: a list would repeat one
-        check_file(run, cfg.prompts[branch], rows, readers, longest, trained=True, read=run.method.reads)
+        check_file(run, cfg.prompts[branch], rows, readers, longest, found, trained=True,
+                   read=run.method.reads)
     for name, rows in run.evals.items():
-        check_file(run, cfg.eval_prompts[name], rows, run.students, longest)
+        check_file(run, cfg.eval_prompts[name], rows, run.students, longest, found)
     for name, rows in run.gate_prompts.items():
-        check_file(run, cfg.val_prompts[name], rows, run.students, longest, read=run.method.reads)
+        check_file(run, cfg.val_prompts[name], rows, run.students, longest, found, read=run.method.reads)
+    refuse(found, cfg.dry_run)
     warn_of_training_prompts(run)
-    if run.method.samples and may_think(run.student):
+    if run.method.samples and run.student.may_think():
         tqdm.write(f"note: {run.student.path} may think before it answers, in completions of up to "
-                   f"{cfg.max_new_tokens} tokens; to let it answer at once: "
+                   f"{cfg.max_new_tokens} tokens; to let it answer at once, where its template can: "
                    """--chat_template_kwargs '{"enable_thinking": false}'""")
     return longest
+
+
+def check_options(run):
+    """Refuse an option that no chat template reads: it is misspelt, and would change nothing."""
+    cfg, teachers = run.cfg, [*run.teachers.values(), *run.self_teachers]
+    for flag, readers in (("chat_template_kwargs", [*run.students, *teachers]),
+                          ("teacher_chat_template_kwargs", teachers)):
+        names = {name for reader in readers for name in reader.variables}
+        for option in getattr(cfg, flag):
+            if option not in names:
+                raise Refused(f"--{flag}: no chat template of {', '.join({r.path: 0 for r in readers})} "
+                              f"reads {option!r}; {nearest(option, sorted(names))}")
+
+
+def check_file(run, path, rows, readers, longest, found, trained=False, read=None):
+    """Check the rows of a file for the models that read them, and update the lengths in `longest`.
+
+    read: the method's function that returns the longest prompt of a self-teacher or a tutor, or None.
+    found: {rule: messages}, to which the faults are added.
+    """
+    kept, marked = [], []
+    for row in rows:
+        where = f"{path}:{row['row']}"
+        try:
+            check_fields(run, row, trained)
+            for reader in readers:
+                check_row(run, row, reader, longest, trained, read)
+        except Exception as error:                  # templates, tokenizers and graders raise what they like
+            rule = getattr(error, "rule", "template")
+            if rule == "length" and run.cfg.drop_long:
+                continue
+            found.setdefault(rule, []).append(f"{where}: {first_line(error)}")
+        kept.append(row)
+        if any(run.student.special.search(m["content"]) for m in messages(row["prompt"])):
+            marked.append(where)
+    if len(kept) < len(rows):
+        tqdm.write(f"note: {len(rows) - len(kept)} of {len(rows)} rows of {path} are too long and left out")
+    if marked:
+        tqdm.write(f"note: {len(marked)} of {len(rows)} rows of {path} have a special token in their text, "
+                   f"which is read as one; {marked[0]} is the first")
+    if not kept:
+        raise Refused(f"{path}: --drop_long leaves no row of it")
+    rows[:] = kept
+
+
+def refuse(found, everything):
+    """Refuse the rows that broke a rule, with the first of them; before it print `everything`, by rule."""
+    count = sum(map(len, found.values()))
+    if everything:
+        for rule in RULES:
+            if rule in found:
+                print(f"{len(found[rule]):>6} rows {RULES[rule]}, such as\n       {found[rule][0]}")
+    if count:
+        others = f" ({count - 1} other rows cannot be used; --dry_run shows one of every kind)" * (count > 1)
+        raise Refused(next(iter(found.values()))[0] + others)
 
 
 def warn_of_training_prompts(run):
@@ -48,44 +127,24 @@ def warn_of_training_prompts(run):
             tqdm.write(f"note: {seen} of {len(rows)} validation prompts of {name} are training prompts, too")
 
 
-def check_file(run, path, rows, readers, longest, trained=False, read=None):
-    """Check the rows of one file for the models that read them, and update the lengths in `longest`.
+# ---- one row -----------------------------------------------------------------------------------------------
 
-    read: the method's function that returns the longest prompt of a self-teacher or a tutor, or None.
-    """
-    for model in readers:
-        if ignores_text(model.tok):
-            raise Refused(f"{model.path}: its chat template leaves out the text of messages")
-    for row in rows:
-        where = f"{path}:{row['row']}"
-        check_fields(run, where, row, trained)
-        for model in readers:
-            try:
-                check_row(run, row, model, longest, trained, read)
-            except Exception as error:              # of a template, a tokenizer or a grader
-                raise Refused(f"{where}{'' if isinstance(error, Unfit) else ':'} {error}") from None
-
-
-class Unfit(Refused):
-    """A Refused whose message goes on after the row's place without a colon: "FILE:3 has the token .."."""
-
-
-def check_fields(run, where, row, trained):
+def check_fields(run, row, trained):
     """Refuse a row that lacks what the method learns from, or what evaluation compares with."""
     method, name = run.method, run.cfg.method
     if not trained:
         if "answer" not in row:
-            raise Refused(f'{where} has no "answer", so it cannot be evaluated')
+            raise Fault("fields", 'no "answer", so it cannot be evaluated')
         return
     for need in method.needs:                   # "a|b": one of these fields is enough
         if not any(field in row for field in need.split("|")):
             fields = '" or "'.join(need.split("|"))
             purpose = {"solution": "learns from", "answer": "needs for its rewards"}.get(need, "needs")
-            raise Refused(f'{where} has no "{fields}", which --method {name} {purpose}')
+            raise Fault("fields", f'no "{fields}", which --method {name} {purpose}')
     for field in fixed_texts(method):
         if field in row and not isinstance(row[field], str):
-            raise Refused(f'{where}: "{field}", which --method {name} learns from, is text, not '
-                          f"{str(row[field])[:60]!r}")
+            raise Fault("fields", f'"{field}", which --method {name} learns from, is text, not '
+                                  f"{str(row[field])[:60]!r}")
 
 
 def fixed_texts(method):
@@ -94,28 +153,71 @@ def fixed_texts(method):
     return [field for field in ("solution", "chosen", "rejected") if field in fields]
 
 
-def check_row(run, row, model, longest, trained, read):
-    """Refuse a row that the model cannot read, that leaves no room for a completion, or cannot be solved."""
+def check_row(run, row, reader, longest, trained, read):
+    """Refuse a row that a model does not read as it was meant, that has no room, or cannot be solved."""
     cfg, method = run.cfg, run.method
-    ids = model.encode(row["prompt"])
-    fields = fixed_texts(method) if trained else []
-    learned = [run.student.encode_completion(row[field]) for field in fields if field in row]
-    seen = read(run, model, row) if read else []
+    check_messages(row["prompt"], reader)
+    ids = reader.encode(row["prompt"])
+    fields = [field for field in fixed_texts(method) if field in row] if trained else []
+    learned = [check_completion(run.student, row, field) for field in fields]
+    seen = read(run, run.self_teacher(reader) if reader in run.students else reader, row) if read else []
     if "answer" in row and not can_be_correct(row["grader"], row["answer"], row):
-        raise Refused(f"the grader {row['grader']} calls no completion correct if the answer is "
-                      f"{row['answer']!r}")
-    largest = max(max(some) for some in [ids + seen, *learned])
-    known = len(model.net.get_input_embeddings().weight)
+        raise Fault("answer", f"the grader {row['grader']} calls no completion correct if the answer is "
+                              f"{row['answer']!r}")
+    largest, known = max(max(some) for some in [ids + seen, *learned]), reader.config.vocab_size
     if largest >= known:
-        raise Unfit(f"has the token {model.tok.decode(largest)!r}, id {largest}, for which {model.path} has "
-                    f"no row ({known})")
+        raise Fault("tokens", f"the token {reader.tok.decode(largest)!r}, id {largest}, has no row in "
+                              f"{reader.path} ({known})")
     sampled = cfg.max_new_tokens if method.samples or not trained else 0
     completion = max([sampled, *map(len, learned)])
+    most = max(len(ids), len(seen)) + completion
+    if most > reader.positions:
+        as_read = " as the self-teacher reads them" if len(seen) > len(ids) else ""
+        raise Fault("length", f"prompt and completion can have {most} tokens{as_read}, but {reader.path} has "
+                              f"{reader.positions} positions; lower --max_new_tokens, or drop the row "
+                              "(--drop_long)")
     longest.prompt = max(longest.prompt, len(ids))
     longest.completion = max(longest.completion, completion)
     longest.read = max(longest.read, len(seen))
-    most = max(len(ids), len(seen)) + completion
-    if most > model.positions:
-        as_read = " as the self-teacher reads them" if len(seen) > len(ids) else ""
-        raise Refused(f"prompt and completion can have {most} tokens{as_read}, but {model.path} has "
-                      f"{model.positions} positions; lower --max_new_tokens or drop the row")
+
+
+def check_messages(prompt, reader):
+    """Refuse a prompt that does not end with the user's word, or of which a model would not see every word."""
+    turns = messages(prompt)
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise Fault("user", f"the last message is of role {turns[-1]['role']!r}, not of the user; what a "
+                            'model is to learn goes into "solution"')
+    if not any(m["role"] == "user" and m["content"].strip() for m in turns):
+        raise Fault("user", "the user says nothing")
+    if not reader.template:
+        return
+    for m in turns:
+        at_its_start = reader.special.search(reader.turn) is None       # as "User:" can be within a text
+        begin = m["content"].lstrip()[:len(reader.turn)] if at_its_start else m["content"]
+        if reader.turn and reader.turn in begin:
+            raise Fault("wrapped", f"the text has {reader.turn!r} and so is in the chat template of "
+                                   f"{reader.path} already; give its messages without the template")
+    # Templates trim texts, and leave out what was thought in earlier turns.
+    plain = lambda text: " ".join(text.split()).casefold()
+    seen = plain(reader.rendered(prompt))
+    for m in sorted(turns, key=lambda m: -len(m["content"])):           # a short one may be part of a long one
+        said = plain(without_thinking(m["content"]) if m["role"] == "assistant" else m["content"])
+        if said not in seen:
+            raise Fault("template", f"the chat template of {reader.path} leaves out the text of a message of "
+                                    f"role {m['role']!r}")
+        seen = seen.replace(said, "\0", 1)
+
+
+def check_completion(student, row, field):
+    """Return the token ids of a fixed text; refuse one that cannot follow the prompt as it is rendered."""
+    text = row[field]
+    if student.template and opens_thinking(student.rendered(row["prompt"])):
+        if "</think>" not in text or text.lstrip().startswith("<think>"):
+            raise Fault("completion", f'the chat template of {student.path} opens <think>, so "{field}" has to '
+                                      "begin with thinking and </think>, or the template be told not to "
+                                      "(--chat_template_kwargs)")
+    ids = student.encode_completion(text)
+    if inside := [i for i in ids[:-1] if i in student.stops]:
+        raise Fault("completion", f'"{field}" has {student.tok.decode(inside[0])!r}, which ends a completion, '
+                                  "before its end")
+    return ids

@@ -77,13 +77,12 @@ def rollout_stats(jobs, weights, stats):
     # Jobs on the same completions count them once: the key is the identity of the token ids.
     distinct = {}
     for job, job_weights in zip(jobs, weights):
-        for r, gap_T, w_T in zip(job.rollouts, job.gaps, job_weights):
-            distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), job.learner.stops))
-    rollouts, gaps, kept, stops = zip(*distinct.values())
+        for r, gap_T, w_T, cut in zip(job.rollouts, job.gaps, job_weights, job.cut):
+            distinct.setdefault(id(r.ids_T), (r, gap_T, bool(w_T.any()), cut))
+    rollouts, gaps, kept, cut = zip(*distinct.values())
     gaps = [gap_T for gap_T in gaps if gap_T is not None]
     rewards = [r.reward for r in rollouts if r.reward is not None]
     lengths = [len(r.ids_T) for r in rollouts]
-    cut = [r.ids_T[-1].item() not in ends for r, ends in zip(rollouts, stops)]
     out = {"rollouts": len(rollouts), "kept": sum(kept), "tokens": sum(lengths),
            "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
            "reward": sum(rewards) / len(rewards) if rewards else None, "solved": solved(rollouts),

@@ -1,71 +1,163 @@
 """Prompts: from a file to the rows that a run reads.
 
-A prompt file has one JSON object per line:
+A prompt file has one JSON object per line, or is one JSON list of them, a .csv or a .parquet table:
 
-    prompt      text, or a list of chat messages {"role": .., "content": ..}
+    prompt      text, or a list of chat messages {"role": .., "content": ..}, the last one the user's
     solution    reference completion, for methods that learn from fixed data                    (optional)
     answer      what `grader` compares a completion with                                        (optional)
     grader      a name in data.graders, or FILE.py:NAME; without it that of --grader, exact     (optional)
     chosen, rejected    completions of which dpo prefers the first                              (optional)
     rationales  {teacher's name: text}, what compact weighs                                     (optional)
 
-A row may have further fields, such as its topic, which sai_dpo can cluster by.
+A row may have further fields, such as its topic, which sai_dpo can cluster by. A row without a prompt can be
+in one of these forms, whose last answer becomes the solution:
+
+    messages                        chat messages
+    conversations                   of ShareGPT: {"from": "human", "value": ..}, and the answers "from": "gpt"
+    instruction, input, output      of Alpaca
+    question                        text
+
 Only prompts go through a chat template. Completions are token ids, from the sampler or from
-Model.encode_completion (models.py), and the same for student and teacher, whatever prompt each of them saw.
+Reader.encode_completion (text.py), and the same for student and teacher, whatever prompt each of them saw.
 """
+import csv
+import difflib
+import io
 import json
+import math
 from pathlib import Path
 
-from config import Refused, nearest
+from config import Refused, first_line, nearest
 
 from . import convert
 from .graders import GRADERS, is_own, own
+
+FIELDS = ("prompt", "solution", "answer", "grader", "chosen", "rejected", "rationales", "branch")
+FORMATS = "JSON lines, a JSON list, .csv or .parquet"
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 def load_prompts(source, branch):
     """Return the rows of a prompt file or of a public set (data/convert.py), with branch and row number.
 
-    Anything unusable is refused with its line number.
+    Anything unusable is refused with the number of its line, or in a list or a table of its row.
     """
     prompts = []
-    for number, line in enumerate(read_source(source), 1):
-        if line.strip():
-            row = parse_row(f"{source}:{number}", line)
-            if row.get("branch", branch) != branch:
-                raise Refused(f"{source}:{number}: this row is of branch {row['branch']!r}, but the file was "
-                              f"given as branch {branch!r}; split the file")
-            prompts.append({**row, "branch": branch, "row": number})
+    for number, row in read_source(source):
+        row = check_prompt(f"{source}:{number}", row)
+        if row.get("branch", branch) != branch:
+            raise Refused(f"{source}:{number}: this row is of branch {row['branch']!r}, but the file was "
+                          f"given as branch {branch!r}; split the file")
+        prompts.append({**row, "branch": branch, "row": number})
     if not prompts:
         raise Refused(f"{source} has no prompts")
     return prompts
 
 
+# ---- formats -----------------------------------------------------------------------------------------------
+
 def read_source(source):
-    """Return the lines of a prompt file, or of a public set in the form of one."""
+    """Return [(number, row)] of a prompt file or of a public set."""
     if source.partition(":")[0] in convert.SETS:
-        return [json.dumps(row) for row in convert.rows(source)]
-    if not Path(source).is_file():
-        raise Refused(f"no prompt file {source} (public sets that are known: {', '.join(convert.SETS)})")
+        return list(enumerate(convert.rows(source), 1))
+    path = Path(source)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "is no file"
+        raise Refused(f"no prompt file {source}: it {what} (public sets that are known: "
+                      f"{', '.join(convert.SETS)})")
+    if path.suffix == ".parquet":
+        return list(enumerate(read_parquet(source), 1))
     try:
-        return Path(source).read_text(encoding="utf-8-sig").split("\n") # splitlines would split at U+2028
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(f"{source} is not UTF-8 text ({error})") from None
+        raise Refused(f"{source} is not UTF-8 text ({error}); a prompt file is {FORMATS}") from None
+    if path.suffix == ".csv":
+        return list(enumerate(read_csv(source, text), 1))
+    if text.lstrip().startswith("["):
+        return list(enumerate(parse(source, text), 1))
+    return [(number, parse(f"{source}:{number}", line))         # splitlines would split at U+2028
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def parse_row(where, line):
-    """Return the row on a line; refuse what is not a prompt row."""
+def read_csv(source, text):
+    """Return the rows of a table with a line of names; every cell is text, and an empty one no field."""
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    for number, row in enumerate(rows, 1):
+        if None in row:                                         # where DictReader puts what is too much
+            raise Refused(f"{source}:{number}: more cells than the first line has names")
+    return [{name: cell for name, cell in row.items() if cell} for row in rows]
+
+
+def read_parquet(source):
+    """Return the rows of a .parquet file; an empty cell is no field."""
     try:
-        row = json.loads(line)
+        from pyarrow import parquet
+    except ImportError:
+        raise Refused(f"{source} needs pyarrow: pip install pyarrow") from None
+    try:
+        rows = parquet.read_table(source).to_pylist()
+    except Exception as error:                                  # pyarrow has errors of its own
+        raise Refused(f"cannot read {source}: {first_line(error)}") from None
+    return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
+
+
+def parse(where, text):
+    """Return what a JSON text says; refuse NaN, which is not JSON, and a key that an object has twice."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice in {list(dict(pairs))}")
+        return dict(pairs)
+
+    def constant(name):
+        raise ValueError(f"{name} is no number of JSON")
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{where}: not JSON ({error})") from None
+        raise Refused(f"{where}: not JSON ({error}); a prompt file is {FORMATS}") from None
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+def check_prompt(where, row):
+    """Return a row in our own form; refuse what is not a prompt row."""
+    row = in_our_form(row) if isinstance(row, dict) else row
     if not isinstance(row, dict) or not row.get("prompt"):
-        raise Refused(f'{where}: a row is an object with a non-empty "prompt", not {line[:60]}')
+        has = f"has {', '.join(map(str, row)) or 'nothing'}" if isinstance(row, dict) else f"is {str(row)[:60]}"
+        raise Refused(f'{where}: a row is an object with a non-empty "prompt" (or messages, conversations, '
+                      f"instruction, question), but this one {has}")
     if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
         raise Refused(f'{where}: "prompt" is text or a list of {{"role", "content"}} messages')
-    if "answer" in row and not isinstance(row["answer"], (str, int, float)):
-        raise Refused(f'{where}: "answer" is text or a number, not {row["answer"]!r}')
-    if "answer" in row and "grader" in row:
+    if (text := json.dumps(row, ensure_ascii=False)) != text.encode(errors="replace").decode():
+        raise Refused(f"{where}: it has half of a surrogate pair (as in \\ud83d), which is no character")
+    for name in row.keys() - set(FIELDS):
+        if close := difflib.get_close_matches(name, set(FIELDS) - row.keys(), n=1, cutoff=0.8):
+            raise Refused(f'{where}: the field "{name}" is unknown; did you mean "{close[0]}"?')
+    answer = row.get("answer", "")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or answer in (math.inf, -math.inf):
+        raise Refused(f'{where}: "answer" is text or a number, not {answer!r}')
+    if "grader" in row:
         check_grader(f"{where}: ", row["grader"])
+    return row
+
+
+def in_our_form(row):
+    """Return a row with a prompt, made from its messages, conversations, instruction or question."""
+    if "prompt" in row:
+        return row
+    row = dict(row)
+    for name in ("messages", "conversations"):
+        if isinstance(turns := row.get(name), (list, tuple)) and all(isinstance(m, dict) for m in turns):
+            row["prompt"] = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m.get("value")}
+                             if "from" in m else m for m in row.pop(name)]
+            if "solution" not in row and is_chat(row["prompt"]) and row["prompt"][-1]["role"] == "assistant":
+                row["solution"] = row["prompt"].pop()["content"]
+            return row
+    if "instruction" in row:
+        row["prompt"] = "\n\n".join(str(part) for part in (row.pop("instruction"), row.pop("input", "")) if part)
+        if "output" in row:
+            row.setdefault("solution", row.pop("output"))
+    elif "question" in row:
+        row["prompt"] = row.pop("question")
     return row
 
 
@@ -79,7 +171,7 @@ def check_grader(where, grader):
 
 def is_chat(prompt):
     """Return whether a prompt is a list of chat messages."""
-    return isinstance(prompt, list) and all(
+    return isinstance(prompt, list) and bool(prompt) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt)
 

@@ -26,7 +26,7 @@ def tokenizer(texts, vocab):
     Any text that is encoded and decoded comes back unchanged.
     """
     # models.py has to be imported before transformers, which would take our kernels/ for a package of PyPI.
-    import models  # noqa: F401
+    import text  # noqa: F401
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def tokenizer(texts, vocab):
 
 def model(tok, seed, hidden, layers, pad_vocab=0, positions=2048):
     """Return a Qwen3 with random weights whose head has `pad_vocab` rows more than `tok` has ids."""
-    import models  # noqa: F401     # first, as in `tokenizer`
+    import text  # noqa: F401     # first, as in `tokenizer`
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -62,7 +62,7 @@ def write_sized(folder, shape, ids, seed, rows=None, dtype=None):
 
     shape: arguments of Qwen3Config. rows: of the head, at least `ids`.
     """
-    import models  # noqa: F401     # first, as in `tokenizer`
+    import text  # noqa: F401     # first, as in `tokenizer`
     import tokenizers
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -85,7 +85,7 @@ def write_sized(folder, shape, ids, seed, rows=None, dtype=None):
 
 def texts(path):
     """Yield the prompts and solutions of a prompt file."""
-    from models import messages         # here, as in `tokenizer`
+    from text import messages         # here, as in `tokenizer`
 
     for row in load_prompts(path, "text"):
         yield from (message["content"] for message in messages(row["prompt"]))
@@ -114,7 +114,7 @@ def main(argv=None):
     if min(args.layers, args.vocab, args.pad_vocab + 1) < 1:
         parser.error("--layers and --vocab must be at least 1, --pad_vocab at least 0")
     if args.tokenizer:
-        import models  # noqa: F401     # first, as in `tokenizer`
+        import text  # noqa: F401     # first, as in `tokenizer`
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     else:

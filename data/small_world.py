@@ -147,7 +147,7 @@ def rows(rng, branch, verbs, count, evaluation=False):
 def tokenizer(words=tuple(VERBS), symbols="", marks=" >+="):
     """Return a tokenizer with one token for every word, and otherwise for every symbol or character."""
     # models.py has to be imported before transformers, which would take our kernels/ for a package of PyPI.
-    import models  # noqa: F401
+    import text  # noqa: F401
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -166,7 +166,7 @@ def tokenizer(words=tuple(VERBS), symbols="", marks=" >+="):
 
 def model(vocab_size, seed, hidden=128, layers=3):
     """Return an untrained Qwen3 of 0.6 M parameters."""
-    import models  # noqa: F401     # first, as in `tokenizer`
+    import text  # noqa: F401     # first, as in `tokenizer`
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

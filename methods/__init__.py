@@ -99,6 +99,16 @@ class Job:
         """The branch of its rollouts' prompts; of several the first one's."""
         return self.rollouts[0].prompt["branch"]
 
+    @property
+    def cut(self):
+        """Whether each rollout was cut at the length limit."""
+        return [r.ids_T[-1].item() not in self.learner.stops for r in self.rollouts]
+
+    def leave_out_cut(self):
+        """Give the rollouts that were cut the weight 0 (--drop_cut)."""
+        given = [1.0] * len(self.rollouts) if self.weights is None else self.weights
+        self.weights = [0.0 if cut else weight for cut, weight in zip(self.cut, given, strict=True)]
+
 
 # ---- groups of rollouts ------------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ def select(run, jobs, *, mass, scale, **_):             # called with all of the
     """Weigh the rollouts with the largest gaps with their branch's scale, and the others with 0. Eq. 6-9."""
     for job in jobs:
         demand_B = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])
+        if run.cfg.drop_cut:
+            demand_B = demand_B * ~torch.tensor(job.cut, device=demand_B.device)    # nobody asks for these
         keep_B = top_gap_mass(demand_B, mass[job.branch])
         job.weights = list(scale[job.branch] * keep_B.to(demand_B.dtype))
 

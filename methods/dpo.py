@@ -108,7 +108,11 @@ def preference_job(run, reference, rollouts, pairs, beta, smoothing=0.0, ipo=Fal
     pairs: (chosen, rejected) Rollouts, which are among the rollouts. The others are not read or learned.
     """
     job = Job(run.student, reference, rollouts, run.objective, weights=[0.0] * len(rollouts),
-              tokens="mean" if ipo else "sum", count=len(pairs))
+              tokens="mean" if ipo else "sum")
+    if run.cfg.drop_cut:
+        cut = {id(r) for r, cut in zip(rollouts, job.cut) if cut}
+        pairs = [pair for pair in pairs if not cut & set(map(id, pair))]
+    job.count = len(pairs)
     run.notes["pairs"] = len(pairs)
     if not pairs:
         return job

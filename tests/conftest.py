@@ -61,9 +61,11 @@ def argv(tmp_path, models, prompts):
     def build(**flags):
         build.calls += 1
         method = METHODS.get(flags.get("method"), METHODS["opd"])
-        ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, max_new_tokens=6,
-                    device="cpu", out=tmp_path / f"out{build.calls}",
+        ours = dict(student=models / "a", prompts=[prompts()], steps=2, batch=4, device="cpu",
+                    out=tmp_path / f"out{build.calls}",
                     teachers=[] if method.teachers == "none" else [models / "wide"])
+        if method.samples or "eval_prompts" in flags:
+            ours["max_new_tokens"] = 6
         if method.teachers == "any":
             ours["teachers"] = [f"{name}={models / name}" for name in ("b", "wide")]
         if "templates" in method.defaults:

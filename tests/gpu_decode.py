@@ -25,8 +25,9 @@ config = Qwen3Config(**dict(zip(names, size)), head_dim=128 if on == "cuda" else
 with torch.device(on):
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 net.generation_config = GenerationConfig()
-model = models.Model("random", net, None, [0], size[-1] - 267 if on == "cuda" else 300, torch.bfloat16,
-                     torch.device(on), {})
+model = models.Model(path="random", whole_config=net.config, net=net, tok=None, stops=[0],
+                     vocab=size[-1] - 267 if on == "cuda" else 300, dtype=torch.bfloat16,
+                     device=torch.device(on))
 
 
 def seconds(f):

@@ -21,7 +21,7 @@ import methods
 import opd
 from data import convert, scratch
 from methods import METHODS
-from models import rendered
+from text import Reader
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +80,8 @@ def test_camopd_on_real_gsm8k_with_a_chat_model(tmp_path):
     assert all(0 <= line["eval"]["gsm8k"] <= 1 for line in lines if "eval" in line) and "eval" in lines[-1]
     assert all("abs_gap" in line and line["loss"] == line["loss"] for line in lines[1:])
     saved = AutoTokenizer.from_pretrained(out / "final")
-    seen = rendered(saved, rows[0]["prompt"], {"enable_thinking": False})
+    seen = Reader(path="", whole_config=None, tok=saved, stops=[], vocab=0,
+                  template_kwargs={"enable_thinking": False}).rendered(rows[0]["prompt"])
     assert seen.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
@@ -154,8 +155,8 @@ def test_a_bad_row_is_found_before_the_first_step(argv, prompts, tmp_path, row, 
 
 def test_methods_name_the_fields_they_miss(argv, prompts):
     plain = prompts("plain", [{"prompt": "rev abc>"}])
-    assert 'plain.jsonl:1 has no "solution"' in said(argv(method="sft", prompts=[plain]))
-    assert 'plain.jsonl:1 has no "answer"' in said(argv(eval_prompts=[plain]))
+    assert 'plain.jsonl:1: no "solution"' in said(argv(method="sft", prompts=[plain]))
+    assert 'plain.jsonl:1: no "answer"' in said(argv(eval_prompts=[plain]))
 
 
 def test_the_texts_that_are_learned_from_are_checked_and_no_others(argv, start, models, prompts, tmp_path):
@@ -170,7 +171,7 @@ def test_the_texts_that_are_learned_from_are_checked_and_no_others(argv, start, 
     tok.save_pretrained(tmp_path / "image")
     texts = dict(prompt="rev abc>", chosen="<image>", rejected="abcdef")
     for row in (texts, texts | {"chosen": texts["rejected"], "rejected": texts["chosen"]}):
-        assert "pair.jsonl:1 has the token '<image>'" in said(
+        assert "pair.jsonl:1: the token '<image>'" in said(
             argv(method="dpo", student=tmp_path / "image", prompts=[prompts("pair", [row])]))
 
 
@@ -321,7 +322,7 @@ def another(flag):
     if flag.type is bool:
         return True
     if flag.words == 2:
-        return ["0.25", "0.75"]
+        return ["0.25", "1.75"]
     if isinstance(flag.type, config.Ratio):
         return "2"                                              # of the one branch there is
     for text in (*getattr(flag.type, "names", ()), "0.25", "2", "3", "1", '{"x": 1}'):
@@ -335,7 +336,8 @@ def another(flag):
 SETTINGS = [{}, *[dict(loss=loss) for loss in losses.LOSSES], *[
     {name: choice} for name, flag in config.GENERAL.items() if name not in ("loss", "teacher_device")
     for choice in getattr(flag.type, "names", ())], dict(support="student_sg", top_k=5), dict(lora_rank=4),
-    dict(eval_temperature=1), dict(diagnose_every=1)]           # under one of them every flag has an effect
+    dict(eval_prompts="e"),
+    dict(eval_prompts="e", eval_temperature=1), dict(diagnose_every=1)]           # under one of them every flag has an effect
 
 
 def settings_of(name):
@@ -358,7 +360,7 @@ def test_a_flag_without_effect_is_refused(name):
     for given, cfg in settings_of(name):
         if seen == {True, False}:
             break
-        has_effect = bool(flag.only[0](cfg))
+        has_effect = bool(flag.only[0](SimpleNamespace(**vars(cfg), samples=METHODS[cfg.method].samples)))
         if has_effect in seen:
             continue
         try:

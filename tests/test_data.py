@@ -12,7 +12,7 @@ from data.files import read_lines
 from data.graders import can_be_correct
 from data.prompts import is_chat, load_prompts, prompt_text
 from methods.feedback import read_templates, reprompt, tutor_prompt, with_answer
-from models import Model
+from text import Reader
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -36,9 +36,9 @@ def test_missing_and_empty_prompt_files(tmp_path):
 
 
 def reader(tok, **template_kwargs):
-    """A Model of which only the tokenizer is there."""
-    return Model("model", None, tok, [tok.eos_token_id], len(tok), torch.float32, torch.device("cpu"), None,
-                 template_kwargs)
+    """A Reader of which only the tokenizer is there."""
+    return Reader(path="model", whole_config=None, tok=tok, stops=[tok.eos_token_id], vocab=len(tok),
+                  template_kwargs=template_kwargs)
 
 
 def test_plain_and_chat_rendering():

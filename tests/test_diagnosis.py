@@ -248,7 +248,7 @@ def test_the_layers_are_the_language_models(start):
         text_config=dict(common, num_hidden_layers=3, vocab_size=50, num_key_value_heads=2, head_dim=16),
         vision_config=dict(common, num_hidden_layers=2, image_size=28, patch_size=14)))
     student = start().student
-    student.net = net
+    student.net, student.whole_config = net, net.config
     found = {id(p) for p in diagnosis.watched(student, 2)}
     names = {name.split("layers.")[0] + name.split("layers.")[1][0]
              for name, p in net.named_parameters() if id(p) in found}

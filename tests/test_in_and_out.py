@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models as loading
 import opd
+import text
 from config import Refused
 from data import scratch
 from losses import Objective
@@ -310,7 +311,7 @@ def test_a_checkpoints_own_code_is_never_run_whatever_stdin_says(argv, start, tm
     write(folder / "tokenizer_config.json", settings | {
         "tokenizer_class": "Ours", "auto_map": {"AutoTokenizer": [None, "own.T"]}})
     with pytest.raises(Refused, match="cannot load .*custom code"):
-        loading.read_folder(str(folder))
+        text.read(str(folder), {})
     with pytest.raises(ValueError, match="custom code"):
         scratch.main([str(tmp_path / "new"), "--tokenizer", str(folder)])
     assert not ran.exists() and "[y/N]" not in capsys.readouterr().out
@@ -330,7 +331,7 @@ def test_weights_and_config_must_be_of_the_same_model(start, tmp_path, layers, e
 def test_the_embedding_of_every_token_learns_also_where_pad_is_eos(start, prompts, tmp_path):
     """With pad == eos (SmolLM2) torch's padding_idx would make the input embedding of EOS learn nothing."""
     turn = "<|im_end|>"
-    rows = [{"prompt": f"Hi{turn}", "solution": f"It{turn} is"}]   # EOS is read here, too
+    rows = [{"prompt": f"Hi{turn}", "solution": "It is"}]          # EOS is read here, too
     found = []
     for pad in (turn, "<|endoftext|>"):
         run = double(start(student=checkpoint(tmp_path / pad, tied=False, pad=pad), teachers=[], method="sft",

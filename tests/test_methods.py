@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 # ---- rooms -------------------------------------------------------------------------------------------------
 
-FLOORS = ["losses", "kernels", "config", "sampler", "models", "data", "methods", "lab", "opd"]
+FLOORS = ["losses", "kernels", "config", "text", "sampler", "models", "data", "methods", "lab", "opd"]
 FILES = [path for room in FLOORS for path in (ROOT / f"{room}.py", *(ROOT / room).glob("*.py"))
          if path.exists()]
 

@@ -19,7 +19,7 @@ from data import scratch, small_world
 from lab import preflight
 from losses import Objective
 from methods import METHODS, Job
-from models import end_of_turn
+from text import end_of_turn
 
 QUESTIONS = [{"prompt": f"What is {a} and {b}?", "answer": str(a + b), "solution": f"It is {a + b}.",
               "grader": "number"} for a in range(2, 5) for b in range(3, 5)]
@@ -157,7 +157,7 @@ def test_several_turns_system_prompts_and_thinking_render_as_the_template_says(b
 @pytest.mark.parametrize("template, expected", [
     (scratch.CHATML.replace("m.content", "m.content | upper"), None),
     (scratch.CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}"),
-     "its chat template leaves out the text")], ids=["upper case", "parts only"])
+     "leaves out the text of a message of role 'user'")], ids=["upper case", "parts only"])
 def test_templates_that_do_not_say_what_they_are_given(begin, chat, tmp_path, template, expected):
     """The special token after an answer that is not there would be the first of the conversation."""
     folder = copy(chat / "student", tmp_path / "s", template)
@@ -223,7 +223,7 @@ def test_a_tokenizer_may_have_an_id_without_a_row_unless_a_prompt_uses_it(begin,
     run = begin(student=folders[0], teachers=[folders[1]])
     assert run.student.vocab == len(tok) - 1
     opd.train(run)
-    with pytest.raises(Refused, match="late.jsonl:1 has the token '<image>'.*has no row"):
+    with pytest.raises(Refused, match="late.jsonl:1: the token '<image>'.*has no row"):
         begin(student=folders[0], teachers=[folders[1]], prompts=[prompts("late", [{"prompt": "<image> a"}])])
 
 
@@ -496,8 +496,11 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompt
     rows = [{"prompt": LONG[:150], "solution": LONG, "chosen": LONG,
              "rejected": LONG.replace("one two", "two one")}] * 16
     flags = dict(student=larger / "s", teachers=[larger / "t"], prompts=[prompts("long", rows)], steps=2,
-                 batch=16, max_new_tokens=full_length(larger / "s"), micro_tokens=700) | flags
-    if METHODS[flags.get("method", "opd")].teachers == "none":
+                 batch=16, micro_tokens=700) | flags
+    method = METHODS[flags.get("method", "opd")]
+    if method.samples or "eval_prompts" in flags:
+        flags["max_new_tokens"] = full_length(larger / "s")
+    if method.teachers == "none":
         flags["teachers"] = []
     parts = preflight.memory(start(**flags, dry_run=True))
     predicted = {phase: sum(sizes.get(phase, 0) for sizes in parts.values()) for phase in preflight.PHASES}

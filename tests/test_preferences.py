@@ -262,7 +262,7 @@ def test_dpo_refuses_what_can_make_no_pair_and_settings_without_an_effect(start,
     assert "\n" not in str(refused.value)
     with pytest.raises(Refused, match="needs --rollouts of at least 2"):
         start(method="dpo", rollouts=1, prompts=[prompts("g", GRADED)])
-    with pytest.raises(Refused, match='has no "chosen" or "answer", which --method dpo needs'):
+    with pytest.raises(Refused, match='no "chosen" or "answer", which --method dpo needs'):
         start(method="dpo", prompts=[prompts("p", [{"prompt": "last q>"}])])
     with pytest.raises(Refused, match="--renew_every needs --self_teacher snapshot"):
         start(method="dpo", renew_every=2, self_teacher="frozen")
@@ -429,8 +429,8 @@ def test_sai_dpo_refuses_rows_without_their_cluster_and_a_single_rollout(argv, p
     path = prompts("topics", TOPICS[:2] + WORD_ROWS[2:])
     with pytest.raises(SystemExit) as refused:
         opd.main(argv(method="sai_dpo", steps=4, cluster_field="topic", prompts=[path]))
-    assert str(refused.value) == (
-        f'opd.py: {path}:3: no "topic", which --cluster_field topic names as its cluster')
+    assert str(refused.value).startswith(
+        f'opd.py: {path}:3: no "topic", which --cluster_field topic names as its cluster (2 other rows')
     with pytest.raises(SystemExit, match="--method sai_dpo .* --rollouts must be at least 2"):
         opd.main(argv(method="sai_dpo", steps=4, rollouts=1))
 

@@ -34,7 +34,8 @@ def family(name, **more):
         for parameter in net.parameters():
             parameter.mul_(4 if parameter.ndim == 2 else 1)
     net.generation_config = GenerationConfig()
-    return models.Model(name, net, None, [1], 80, torch.float32, torch.device("cpu"), {})
+    return models.Model(path=name, whole_config=net.config, net=net, tok=None, stops=[1], vocab=80,
+                        dtype=torch.float32, device=torch.device("cpu"))
 
 
 def prompts_of(*lengths):
