@@ -163,9 +163,10 @@ def pairs(values, flag, default):
 def home(path):
     """Return the path with ~ expanded, which the shell does not do in BRANCH=~/x."""
     try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
         raise Refused(f"{path}: there is no such user's home") from None
+    return path.rstrip("/") or path
 
 
 def json_object(text):
@@ -226,15 +227,16 @@ FLAGS = {
         "student": Flag([], "the model that learns: a folder or hub id, as from_pretrained takes it; opcod "
                         "has two, the first stronger in the first branch of prompts, the second in the "
                         "second",
-                        words="+", shown="PATH", basic=True),
+                        words="+", shown="PATH", basic=True, resume=True),     # by content: models_sha256
         "teachers": Flag([], "models with the student's tokenizer; one for all prompts, or one per branch; "
-                         "in compact any, each under a name", words="+", shown="[BRANCH=]PATH", basic=True),
+                         "in compact any, each under a name", words="+", shown="[BRANCH=]PATH", basic=True,
+                         resume=True),
         "prompts": Flag([], "JSON lines with prompt, optional answer, grader, solution (data/prompts.py), or "
                         "a public set as openai/gsm8k (data/convert.py); one per branch. For camopd the "
                         "first is the branch to recover, the others are preserved", words="+",
-                        shown="[BRANCH=]FILE", basic=True),
+                        shown="[BRANCH=]FILE", basic=True, resume=True),       # by content: prompts_sha256
         "val_prompts": Flag([], "prompts with answers for the gate, one file per branch, neither trained nor "
-                            "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True),
+                            "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True, resume=True),
         "eval_prompts": Flag([], "prompts with answers, never trained on; a public set may name a split, as "
                              "'openai/gsm8k:test[:200]'", words="+", shown="[NAME=]FILE", resume=True,
                              basic=True),
@@ -290,7 +292,7 @@ FLAGS = {
                          SHARE, of_methods=True, only=(lambda c: c.self_teacher == "ema",
                                                        "--self_teacher ema")),
         "templates": Flag(None, "JSON with the texts that self-teachers and tutors read; default: those of "
-                          "methods/feedback.py", shown="FILE", of_methods=True)},
+                          "methods/feedback.py", shown="FILE", of_methods=True, resume=True)},
     "optimisation": {
         "steps": Flag(100, "optimizer steps of each student", number(int, least=1), basic=True,
                       # with these settings no step depends on where the training ends
@@ -332,7 +334,7 @@ FLAGS = {
                           "instead of refusing their file", bool),
         "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "
                              "memory holds, or a GiB on a CPU, at most 512; 64 with transformers' generate",
-                             COUNT),
+                             COUNT, resume=True),
         "chat_template_kwargs": Flag({}, "passed to the chat template, e.g. '{\"enable_thinking\": false}'",
                                      json_object, shown="JSON"),
         "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; default: "
@@ -369,6 +371,9 @@ FLAGS = {
         "dtype": Flag(None, "of the computation; what learns is kept in float32; default: bfloat16 on cuda, "
                       "float32 on cpu", OneOf("float32", "bfloat16")),
         "seed": Flag(0, "of prompts' order and sampling", number(int, least=0, most=2**40)),
+        "skip_bad_steps": Flag(0, "a step whose loss or gradient is not a number is dropped and counted, and the "
+                               "Nth of them in a row stops the run; 0 = the first does", AMOUNT, shown="N",
+                               resume=True),
         "save_every": Flag(100, "steps between checkpoints; 0 = at the end only", AMOUNT, resume=True),
         "log_samples": Flag(2, "rollouts per step and Job that samples.jsonl keeps", AMOUNT, resume=True)}}
 
@@ -654,6 +659,7 @@ def complete_machine(cfg, method):
     if cfg.out == "":
         raise Refused("--out '' names no folder")
     cfg.out = home(cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}")
+    cfg.today = ""                                          # the date on which the run began
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
 
 
@@ -708,7 +714,7 @@ def check_resume(cfg):
     check_out(cfg.out)
     out, before = Path(cfg.out), read_config(cfg.out)
     if before is None:
-        if out.exists() and any(path.name != "config.json.new" for path in out.iterdir()):
+        if out.exists() and {path.name for path in out.iterdir()} - {"config.json.new", ".lock"}:
             raise Refused(f"--out {out} holds other files and no run; choose another --out")
         return None
     if not cfg.resume:
@@ -724,5 +730,9 @@ def check_same_experiment(cfg, before):
         if callable(may_change):
             may_change = may_change(cfg)
         if now[name] != before.get(name) and not may_change:
+            if name.endswith("_sha256"):
+                others = [key for key in now[name] if now[name][key] != (before.get(name) or {}).get(key)]
+                raise Refused(f"--resume with another content of {', '.join(others) or name} would be another "
+                              "experiment; choose another --out")
             raise Refused(f"--resume with another {name} ({now[name]}, was {before.get(name)}) would be "
                           "another experiment; choose another --out")

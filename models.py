@@ -16,6 +16,7 @@ import functools
 import json
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
@@ -210,6 +211,9 @@ def load(reader, cfg, learns=False, weights=None, name="student"):
                read_net(source, kept, device if quantised else None))
     if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
+    if not cfg.dry_run and not is_finite(net):
+        broken = next(name for name, p in net.named_parameters() if not p.isfinite().all())
+        raise Refused(f"{source}: its {broken} has values that are not numbers")
     net.eval().requires_grad_(learns and not lora)
     for module in net.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -395,6 +399,12 @@ def load_teachers(readers, student, cfg, checkpoint, teacher_learns):
     return teachers
 
 
+@torch.no_grad()
+def is_finite(net):
+    """Return whether all weights are numbers."""
+    return all(p.isfinite().all() for p in net.parameters() if p.is_floating_point())
+
+
 def learner_folder(folder, name, several):
     """Return a learner's place in a folder: the folder itself, or if there are several FOLDER/NAME."""
     return folder and (folder / name if several else folder)
@@ -559,9 +569,15 @@ def check_log_probs(student, lps, sampled_lps):
 
 def save_model(model, folder):
     """Write the adapter in peft's format, or else the model in that of transformers."""
-    if model.adapter:
-        return model.adapter.save_pretrained(folder, save_embedding_layers=False)
-    model.net.save_pretrained(folder)
+    if not model.adapter:
+        return model.net.save_pretrained(folder)
+    model.adapter.save_pretrained(folder, save_embedding_layers=False)
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    saved["target_modules"].sort()                              # of a set, in the order of this process
+    if Path(model.path).is_dir():
+        saved["base_model_name_or_path"] = str(Path(model.path).absolute())     # found from everywhere
+    file.write_text(json.dumps(saved, indent=2))
 
 
 def save_learners(learners, folder, state):
@@ -580,6 +596,9 @@ def restore_learners(learners, folder):
         saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     if not {"learners", "state"} <= saved.keys():
         raise Refused(f"{folder} was written by another version of opd; choose another --out")
+    if (names := {learner.name for learner in learners}) != saved["learners"].keys():
+        raise Refused(f"{folder} is of {', '.join(saved['learners'])}, not of {', '.join(sorted(names))}; "
+                      "choose another --out")
     for learner in learners:
         kept = saved["learners"][learner.name]
         learner.updates = kept["updates"]

@@ -32,10 +32,15 @@ import hashlib
 import importlib
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":                          # what follows takes seconds, in which Ctrl-C is a line, too
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("opd.py: interrupted before the first step"))
 
 import torch
 from tqdm import tqdm
@@ -137,7 +142,7 @@ def backward(run, job, weights):
     kind = dict(divergence=objective.divergence, knob=objective.knob, target=objective.target,
                 support=objective.support, top_k=objective.top_k)
     note = job.lp is None and gap_is_free(run, objective, [weights[i] for i in kept])
-    total, collected = 0.0, {}
+    total, collected, noted = 0.0, {}, []
     for group in micro_batches(lengths, run.cfg.micro_tokens):
         completions = [job.rollouts[i].ids_T for i in group]
         labels_N = torch.cat(completions)
@@ -154,34 +159,40 @@ def backward(run, job, weights):
                 label_weight_N=objective.ce * weight_N if objective.ce else None,
                 softcap_s=learner.softcap, softcap_t=teacher.softcap, **kind, **common)
             if note:
-                note_gap(job, group, stats)
+                noted.append((group, stats))
         loss.backward()
         total += loss.item()
         for name, x_N in stats.items():
             collected.setdefault(name, []).append(x_N[weight_N != 0])
+    for group, stats in noted:                                      # at the end: nothing is known of half a Job
+        note_gap(job, group, stats)
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
 
 
 def update(run, jobs, weights):
     """Add up the gradients of all Jobs, make one step of every learner, and return the step's statistics."""
-    cfg, step, norm = run.cfg, run.state["step"], 0.0
+    cfg, step = run.cfg, run.state["step"]
     with run.timed("update"):
-        results = [backward(run, job, job_weights) for job, job_weights in zip(jobs, weights)]
-        losses, stats = zip(*results)
-        for learner in dict.fromkeys(job.learner for job in jobs):      # once, however many Jobs it has
+        losses, stats = zip(*halving(run, lambda: [backward(run, *both) for both in zip(jobs, weights)]))
+        learners = list(dict.fromkeys(job.learner for job in jobs))     # once, however many Jobs it has
+        most = cfg.grad_clip or math.inf                                # inf: measured, not clipped
+        norm = sum(torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()
+                   for learner in learners)
+        finite = math.isfinite(norm + sum(losses))
+        if finite:
+            run.state["dropped"] = 0
+        else:
+            drop(run, jobs)
+        for learner in learners:
             lr = learning_rate(cfg, learner.updates)
-            most = cfg.grad_clip or math.inf                            # inf: measured, not clipped
-            norm += torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()
-            if not math.isfinite(norm + sum(losses)):
-                raise Refused(f"step {step + 1}: the loss is {sum(losses)} and the gradient's norm {norm}; "
-                              f"lower --lr or look at the data. What {run.out} holds is intact")
             for optimizer in learner.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learner.lr_factor
-                optimizer.step()
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             learner.updates += 1
-            if learner.average and cfg.self_teacher == "ema":           # a snapshot waits for run.refresh
+            if finite and learner.average and cfg.self_teacher == "ema":    # a snapshot waits for run.refresh
                 models.follow(learner.average, cfg.ema_rate)
     found = by_branch([r for job in jobs for r in job.rollouts])
     branches = [name for name in run.branches if name in found]
@@ -192,7 +203,8 @@ def update(run, jobs, weights):
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     own = [i for i, job in enumerate(jobs) if job.learner in run.students]      # not a teacher that learns
     of_students = ([x[i] for i in own] for x in (jobs, weights, stats))
-    return {"step": step, "branch": "+".join(branches), "loss": sum(losses), "grad_norm": norm, "lr": lr,
+    values = {"loss": sum(losses), "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
+    return {"step": step, "branch": "+".join(branches), **values, "lr": lr,
             **rollout_stats(*of_students), **({"branches": by_job} if len(jobs) > 1 else {})}
 
 
@@ -202,6 +214,54 @@ def put(values, places, new):
     """Put new values in their places of a list."""
     for i, value in zip(places, new, strict=True):
         values[i] = value
+
+
+def halving(run, work):
+    """Return work(). Where it does not fit, do it again with half of --micro_tokens, which changes no result."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            longest = max(run.longest.prompt, run.longest.read) + run.longest.completion
+            if run.cfg.micro_tokens <= longest:                 # every sequence is alone already
+                raise
+        for learner in run.learners:
+            learner.net.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        run.cfg.micro_tokens //= 2
+        tqdm.write(f"note: out of memory; goes on with --micro_tokens {run.cfg.micro_tokens}")
+
+
+def drop(run, jobs):
+    """Say what is not a number in a step, which changes nothing; refuse it unless --skip_bad_steps allows."""
+    broken = [job for job in jobs for x in [*(job.hidden_t or []), *(job.lq or [])]
+              if x is not None and not x.isfinite().all()]
+    if broken:
+        why = (f"{broken[0].teacher.path} computes what is not a number for one of the prompts of "
+               f"{broken[0].branch}")
+    elif wrong := next((job.learner for job in jobs if not models.is_finite(job.learner.net)), None):
+        why = f"the weights of {wrong.path} are no numbers any more; lower --lr or --weight_decay"
+    else:
+        why = "loss or gradient are not a number, though all weights are; lower --lr, or look at the data"
+    why = f"step {run.state['step'] + 1}: {why}"
+    run.state["dropped"] += 1
+    if run.state["dropped"] >= run.cfg.skip_bad_steps:
+        raise Refused(why)
+    tqdm.write(f"note: {why}; the step is dropped")
+
+
+def check_sound(run, jobs, weights):
+    """Refuse to save learners from which no step could go on.
+
+    On a few of the rollouts that they have just learned from, the gradient must still be finite.
+    """
+    for job, job_weights in zip(jobs, weights):
+        kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
+        few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
+        parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
+        if not all(g.isfinite().all() for g in gradients(run, job, parameters, few)):
+            raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, and "
+                          "so is not saved; lower --lr or --weight_decay")
 
 
 def rollout_counts(jobs, weights):
@@ -283,6 +343,9 @@ def gradients(run, job, parameters, weights=None):
 def begin(run):
     """Check the start, write config.json, and say in metrics.jsonl where the student started."""
     check_samplers(run)
+    run.folder.take()
+    if config.read_config(run.out) != run.previous:
+        raise Refused(f"another process has begun a run in {run.out} meanwhile; choose another --out")
     run.folder.write_config(config.record(run.cfg))
     if run.state["step"] == 0:
         run.folder.put_logs_aside()
@@ -349,7 +412,10 @@ def record(run, jobs, weights, stats):
     run.folder.log("metrics", stats)
     tqdm.write(step_line(stats, cfg.loss, run.total, run.notes), file=sys.stdout)
     run.clock, run.peaks, run.notes = {}, {}, {}
-    if state["step"] == run.total or (cfg.save_every and state["step"] % cfg.save_every == 0):
+    due = cfg.save_every and state["step"] % cfg.save_every == 0
+    if due or state["step"] == run.total or run.stopping:
+        if not state["dropped"]:                        # otherwise they are as they were
+            check_sound(run, jobs, weights)
         run.folder.save(run.learners, state)
 
 
@@ -368,20 +434,27 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]
         self.folder = Folder(self.out)
+        self.stopping = self.looping = False                    # see stopping_gently
         self.read_prompts()
-        previous = config.check_resume(cfg)
-        checkpoint = self.folder.find_checkpoint(look_only=cfg.dry_run) if previous else None
+        self.previous = config.check_resume(cfg)                # settings of the run to resume, or None
+        checkpoint = self.folder.find_checkpoint() if self.previous else None
         if checkpoint:
-            for name in ("max_new_tokens", "sample_batch"):     # their defaults depend on the student
-                setattr(cfg, name, getattr(cfg, name) or previous.get(name))
-            config.check_same_experiment(cfg, previous)
+            for name in ("max_new_tokens", "sample_batch", "today"):    # what their defaults were then
+                setattr(cfg, name, getattr(cfg, name) or self.previous.get(name))
+        cfg.today = cfg.today or time.strftime("%Y-%m-%d")
         self.read_models()                                      # whatever is wrong is found before the
-        if not cfg.max_new_tokens:                              # weights are read
+        if checkpoint:                                          # weights are read
+            config.check_same_experiment(cfg, self.previous)
+        if not cfg.max_new_tokens:
             cfg.max_new_tokens = 2048 if self.student.may_think() else 512
         self.longest = check_prompts(self)
+        if self.previous and not cfg.dry_run:
+            self.folder.take()
+        if checkpoint and not cfg.dry_run:
+            self.folder.open_checkpoint()
         self.load_models(checkpoint)
         cursor = dict.fromkeys(self.branches, 0)                # of each student, in each branch
-        self.state = {"step": 0, "sampled_tokens": 0, "teacher_tokens": 0, "memory": {},
+        self.state = {"step": 0, "sampled_tokens": 0, "teacher_tokens": 0, "dropped": 0, "memory": {},
                       "cursor": [dict(cursor) for _ in self.students]}
         self.clock, self.peaks = {}, {}                         # seconds and GPU bytes by part of a step
         self.notes = {}                                         # what a method adds to a step's metrics
@@ -411,6 +484,9 @@ class Run:
         self.self_teachers = [replace(student, template_kwargs=self.cfg.teacher_chat_template_kwargs)
                               for student in self.students]
         self.name_models(by_path)
+        names = ["student"] if len(self.students) == 1 else ["student 1", "student 2"]
+        self.cfg.models_sha256 = {name: student.digest for name, student in zip(names, self.students)}
+        self.cfg.models_sha256 |= {f"teacher of {name}": t.digest for name, t in self.teachers.items()}
 
     def load_models(self, checkpoint):
         """Make Models of the Readers: students, teachers and self-teachers, with their weights (models.py)."""
@@ -479,6 +555,9 @@ class Run:
         method = self.method.generator(self, **own)
         with tqdm(total=self.total, initial=self.state["step"], desc=self.cfg.out, unit="step") as progress:
             while self.state["step"] < self.total:
+                if self.stopping:
+                    raise KeyboardInterrupt
+                self.looping = True
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.state["step"])
                 jobs = next(method, None)                       # the method goes on up to its next yield
                 if jobs is None:
@@ -575,7 +654,7 @@ class Run:
         """Let the teachers read the Jobs' rollouts: see `score`."""
         with self.timed("score"):
             for job in jobs:
-                read = score(job, gaps, self.cfg.micro_tokens)
+                read = halving(self, lambda job=job: score(job, gaps, self.cfg.micro_tokens))
                 self.state["teacher_tokens"] += read if job.learner in self.students else 0
 
     def self_teacher(self, student):
@@ -681,24 +760,42 @@ def set_up(argv):
         raise Refused(config.first_line(error)) from None
 
 
+@contextlib.contextmanager
+def stopping_gently(run):
+    """Context manager: the first Ctrl-C or SIGTERM waits for the end of the step and a checkpoint.
+
+    A second one stops at once, and so does the first one where no step is going on.
+    """
+    def stop(number, frame):
+        if run.stopping or not run.looping:
+            raise KeyboardInterrupt
+        run.stopping = True
+        tqdm.write("stopping after this step, with a checkpoint; once more stops at once")
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv=None):
     """Run the command line. Whatever a user can mend ends in one line and exit status 1."""
-    run = None
+    run, begun = None, False
     try:
         cfg, run, preflight = set_up(argv)
         if preflight:
             return preflight.show(run)
-        train(run)
+        with stopping_gently(run):
+            begun = True
+            return train(run)
     except (Refused, OSError) as error:                     # OSError: a full disk, say
-        message = error
+        message = str(error)
     except KeyboardInterrupt:
-        message = (f"interrupted after step {run.state['step']}; the same command with --resume continues "
-                   f"from the last checkpoint in {run.out}" if run else "interrupted before the first step")
+        message = f"interrupted after step {run.state['step']}" if begun else "interrupted before the first step"
     except torch.OutOfMemoryError:
         message = f"step {run.state['step'] + 1} does not fit on {cfg.device}. {LESS_MEMORY}"
-    else:
-        return
-    raise SystemExit(f"opd.py: {message}")
+    raise SystemExit(f"opd.py: {message}{f'; {run.folder.holds}' if begun and run.folder.lock else ''}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList,
                           TemperatureLogitsWarper, TopPLogitsWarper)
 
-from config import first_line
+from config import Refused, first_line
 
 STEPS = {"cuda": 16, "cpu": 1}          # between two looks at which rows are done
 REFILL = 8                              # free rows are filled when they are one in so many
@@ -53,6 +53,8 @@ def sample(model, prompts, temperature, top_p, max_new_tokens, rows):
     complete = decode if model.served else generate
     with model.forward_context():
         found = complete(model, prompts, temperature, top_p, max_new_tokens, min(rows, len(prompts)))
+    if not all(logp_T.isfinite().all() for _, logp_T in found):
+        raise Refused(f"{model.path} computes what is not a number while it samples: its weights are broken")
     return [(ids_T, logp_T if temperature > 0 else None) for ids_T, logp_T in found]
 
 

@@ -9,10 +9,12 @@ see below about `kernels`.
 """
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import tokenizers
@@ -49,6 +51,8 @@ class Reader:
     vocab: int                          # token ids that models share; the head may have more rows (padding)
     files: dict = field(default_factory=dict)   # of a learner: {name: bytes} of OWN_FILES, to be saved again
     template_kwargs: dict = field(default_factory=dict)     # options of the chat template
+    today: str = "2026-01-01"           # the day that a template reads from the clock
+    digest: str = ""                    # of the checkpoint's content
 
     @property
     def config(self):
@@ -111,8 +115,9 @@ class Reader:
 
     def rendered(self, prompt):
         """Return a prompt as text in the chat template, up to where the answer begins."""
+        clock = {"strftime_now": date.fromisoformat(self.today).strftime}      # instead of transformers' own
         return self.tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
-                                            **self.template_kwargs)
+                                            **self.template_kwargs | clock)
 
     @functools.cached_property
     def probe(self):
@@ -188,8 +193,8 @@ def end_of_turn(tok):
 
 def read_models(cfg, teacher_learns):
     """Return ([Reader of a student], {path: Reader of a teacher}), which share token ids and stop tokens."""
-    students = [read(path, cfg.chat_template_kwargs, learns=True) for path in cfg.student]
-    teachers = {path: read(path, cfg.teacher_chat_template_kwargs, learns=teacher_learns)
+    students = [read(path, cfg.chat_template_kwargs, cfg.today, learns=True) for path in cfg.student]
+    teachers = {path: read(path, cfg.teacher_chat_template_kwargs, cfg.today, learns=teacher_learns)
                 for path in dict.fromkeys(cfg.teachers.values())}
     for path, teacher in teachers.items():
         if teacher.quantised and cfg.teacher_device == "swap":
@@ -205,13 +210,15 @@ def read_models(cfg, teacher_learns):
     return students, teachers
 
 
-def read(path, template_kwargs, learns=False):
+def read(path, template_kwargs, today, learns=False):
     """Return a checkpoint's Reader. Its own code is never run, and its weights are not read."""
     check_path(path)
     with reading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        files = own_files(Path(cached_file(path, "config.json")).parent)       # of a hub id: in the cache
+        folder = Path(cached_file(path, "config.json")).parent                 # of a hub id: in the cache
+        files = own_files(folder)
+        content = digest(folder, files)
         try:
             defaults = GenerationConfig.from_pretrained(path)
         except OSError:                                         # many checkpoints have none
@@ -228,7 +235,8 @@ def read(path, template_kwargs, learns=False):
     # Gemma 3's tokenizer has one token more, for images, than its text models have rows.
     vocab = min(max(tok.get_vocab().values()) + 1, config.get_text_config().vocab_size)
     reader = Reader(path=path, whole_config=config, tok=tok, stops=stop_tokens(path, tok, defaults, vocab),
-                    vocab=vocab, files=files if learns else {}, template_kwargs=template_kwargs)
+                    vocab=vocab, files=files if learns else {}, template_kwargs=template_kwargs, today=today,
+                    digest=content)
     if learns and reader.quantised:
         raise Refused(f"{path} is quantised and cannot learn; give the unquantised --student, with "
                       "--lora_rank if memory is short (quantised --teachers are fine)")
@@ -270,6 +278,19 @@ def own_files(folder):
     """Return {name: bytes} of a checkpoint's configs, tokenizer and chat templates."""
     return {path.relative_to(folder).as_posix(): path.read_bytes()
             for pattern in OWN_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
+def digest(folder, files):
+    """Return a short hash of a checkpoint: of its own files, and of size and samples of those with weights."""
+    found = hashlib.sha256(repr(sorted(files.items())).encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(i * size // 64)
+                found.update(file.read(4096))
+    return found.hexdigest()[:16]
 
 
 def change(files, name, **values):

@@ -1,5 +1,6 @@
 """What a run writes: its folder, from which it can be resumed, and the line and record of every step."""
 import json
+import math
 import sys
 
 import torch
@@ -8,7 +9,7 @@ from tqdm import tqdm
 import models
 from config import Refused
 
-from .files import atomic_folder, read_lines, recover, write_file
+from .files import atomic_folder, check_whole, own, read_lines, recover, write_file
 from .prompts import prompt_text
 
 
@@ -16,11 +17,15 @@ class Folder:
     """A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/ and final/."""
 
     def __init__(self, out):
-        self.out = out
+        self.out, self.lock, self.saved = out, None, None       # saved: the steps that checkpoint/ has
+
+    def take(self):
+        """Make the folder if it is not there, and make it this process's own."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock or own(self.out)
 
     def write_config(self, record):
         """Write config.json, the settings of the run."""
-        self.out.mkdir(parents=True, exist_ok=True)
         write_file(self.out / "config.json", json.dumps(record, indent=1))
 
     def log(self, name, record):
@@ -28,15 +33,20 @@ class Folder:
         with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    def open_checkpoint(self):
+        """Put the checkpoint in its place after a kill between two renames, and refuse a damaged one."""
+        recover(self.out / "checkpoint")
+        check_whole(self.out / "checkpoint")
+
     def put_logs_aside(self):
         """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.out / name).exists():
                 (self.out / name).replace(self.out / f"{name}.old")
 
-    def find_checkpoint(self, look_only=False):
+    def find_checkpoint(self):
         """Return the folder to resume from; None if the run was killed before its first checkpoint."""
-        if recover(self.out / "checkpoint", look_only):
+        if recover(self.out / "checkpoint", look_only=True):
             return self.out / "checkpoint"
         if (self.out / "final").exists():
             raise Refused(f"{self.out} is finished (final/) and its checkpoint/ is gone; choose another "
@@ -45,12 +55,21 @@ class Folder:
 
     def save(self, learners, state):
         """Write checkpoint/, everything that a restart needs. A kill in between leaves the last one."""
-        with atomic_folder(self.out / "checkpoint") as folder:
+        with atomic_folder(self.out / "checkpoint", with_checksums=True) as folder:
             models.save_learners(learners, folder, state)
+        self.saved = state["step"]
+
+    @property
+    def holds(self):
+        """What of the run is safe, in words, for messages."""
+        if self.saved is None:
+            return f"{self.out} has no checkpoint yet; with --resume the same command begins again"
+        return f"the same command with --resume continues from the checkpoint in {self.out}, step {self.saved}"
 
     def restore(self, learners):
         """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
+        self.saved = state["step"]
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] < state["step"]]
@@ -89,7 +108,7 @@ def rollout_stats(jobs, weights, stats):
            "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
     for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
         out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
-    return {name: x for name, x in out.items() if x is not None}
+    return {name: x for name, x in out.items() if x is not None and math.isfinite(x)}
 
 
 def solved(rollouts):

@@ -8,6 +8,7 @@ again, and what was interrupted is resumed: the same command again continues.
 """
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Parser, Refused, nearest, number
-from data.files import write_file
+from data.files import own, write_file
 
 from . import tables
 
 ROOT = Path(__file__).resolve().parent.parent
+DONE = ("final", "report.md")           # what a row has that is done, the last of which a run writes last
+CHILDREN = set()                        # processes of rows that are running
 
 
 @dataclass(frozen=True)
@@ -468,6 +471,7 @@ def run_recipe(name, out, seeds, quick, jobs=1):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out} cannot be made a folder ({error.strerror})") from None
+    lock = own(out)                                     # until this function ends
     out = Path(os.path.relpath(out, ROOT))              # the rows run in ROOT, and their settings name it
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool, stop = ThreadPoolExecutor(jobs), threading.Event()
@@ -481,6 +485,7 @@ def run_recipe(name, out, seeds, quick, jobs=1):
     finally:
         stop.set()                                      # a failed row, or Ctrl-C, ends the other seeds too
         pool.shutdown(cancel_futures=True)
+        lock.close()
     tables.write_recipe(name, recipe, Path(os.path.relpath(ROOT / out)), seeds, form)
 
 
@@ -497,7 +502,7 @@ def run_seed(recipe, folder, seed, form, threads, stop):
         raise Refused(f"{ROOT / folder} holds the {prepared.read_text()} form of this recipe; choose another "
                       "--out")
     for number, row in enumerate(recipe.rows, 1):
-        if not stop.is_set() and not (ROOT / folder / row / "final").exists():
+        if not stop.is_set() and not all((ROOT / folder / row / name).exists() for name in DONE):
             run_child(["opd.py", *arguments(recipe, row, folder, seed, quick)], row, folder, threads,
                       f"({number}/{len(recipe.rows)})")
             if found := tables.read_finished(ROOT / folder / row):
@@ -524,6 +529,13 @@ def substitute(value, folder, seed):
     return value.format(dir=folder, seed=seed) if isinstance(value, str) else str(value)
 
 
+def pass_on(number, frame):
+    """Handle SIGTERM: the rows get it too, and stop after their step with a checkpoint. Ctrl-C they have."""
+    for child in list(CHILDREN):
+        child.send_signal(number)
+    raise KeyboardInterrupt
+
+
 def run_child(command, row, folder, threads, position=""):
     """Run Python with these arguments in a process of its own.
 
@@ -534,8 +546,11 @@ def run_child(command, row, folder, threads, position=""):
     print(f"{folder.name}: {row} {position}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with open(log, "a") as lines:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
-                              env=environment).returncode
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
+                                 env=environment)
+    CHILDREN.add(child)
+    code = child.wait()
+    CHILDREN.remove(child)
     if code:
         raise Refused(f"{folder.name}: {row} ended with exit code {code} (its output: "
                       f"{os.path.relpath(log)}); the same command again continues")
@@ -576,6 +591,7 @@ def list_recipes():
 
 def main(argv=None):
     """Run a recipe, or list them all. What cannot work ends the program with one line."""
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         args = parse(argv)
         if args.name is None:
@@ -586,6 +602,8 @@ def main(argv=None):
         raise SystemExit(f"lab.recipes: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("lab.recipes: interrupted; the same command again continues where it was") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from data.files import read_lines
+from data.files import read_lines, write_file
 
 SAMPLES = 2, 3                      # how many of the first and of the last samples a report shows
 
@@ -81,12 +81,11 @@ def write_run(out):
     for sample in [*samples[:first], *samples[first:][-last:]]:
         blocks += sample_blocks(sample)
     blocks += settings(config)
-    (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
-
     if plt := pyplot():
         draw_run(plt, steps, evals, out / "curves.png")
         if diagnoses:
             draw_diagnosis(plt, diagnoses, out / "diagnosis.png")
+    write_file(out / "report.md", "\n\n".join(blocks) + "\n")      # last: a recipe's row that has it is done
 
 
 def markdown_table(rows):

@@ -224,10 +224,10 @@ def test_nothing_on_disk_is_ever_overwritten(start, argv, models, prompts, tmp_p
     before = {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
     assert "add --resume" in said(argv(out=run.out))
     assert "another lr" in said(argv(out=run.out, resume=True, lr=1))
-    assert "another student" in said(argv(out=run.out, resume=True, student=models / "wide"))
+    assert "another content of student" in said(argv(out=run.out, resume=True, student=models / "wide"))
     changed = argv(out=run.out, resume=True)
     prompts(rows=[{"prompt": "rev b>"}])
-    assert "another prompts_sha256" in said(changed)
+    assert "another content of main" in said(changed)
     assert before == {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.is_file()}
     prompts()
     shutil.rmtree(run.out / "checkpoint")
@@ -252,7 +252,7 @@ def test_a_dry_run_refuses_what_the_run_would_and_touches_nothing(start, argv, c
     assert "memory on cpu" in capsys.readouterr().out and files() == before
     assert "another lr" in said(argv(out=run.out, dry_run=True, resume=True, lr=1))
     (run.out / "checkpoint.old" / "trainer.pt").write_bytes(b"broken")
-    assert "cannot load" in said(argv(out=run.out, resume=True, steps=3, save_every=1))
+    assert "trainer.pt is not as it was written" in said(argv(out=run.out, resume=True, steps=3, save_every=1))
 
 
 def test_models_with_missing_weights_are_refused(argv, models, tmp_path):
@@ -395,24 +395,27 @@ def test_a_flag_of_other_methods_is_refused_and_says_whose_it_is(name):
         assert not hasattr(opd.configure(words(method)), name)
 
 
-FREE = {"resume", "out", "dry_run", "eval_every", "eval_prompts", "save_every", "log_samples", "micro_tokens",
-        "gradient_checkpointing", "device", "teacher_device", "diagnose_every", "diagnose_rollouts",
-        "diagnose_layers"}                                      # what does not make another experiment
+FREE = {"student", "teachers", "prompts", "val_prompts", "templates",       # their content is compared
+        "sample_batch", "skip_bad_steps", "resume", "out", "dry_run", "eval_every", "eval_prompts",
+        "save_every", "log_samples", "micro_tokens", "gradient_checkpointing", "device", "teacher_device",
+        "diagnose_every", "diagnose_rollouts", "diagnose_layers"}   # what does not make another experiment
 
 
-@pytest.mark.parametrize("name", [*EVERY_FLAG, "prompts_sha256"])
+@pytest.mark.parametrize("name", [*EVERY_FLAG, "prompts_sha256", "models_sha256"])
 def test_resume_may_change_what_is_marked_and_nothing_else(name):
     """A run would go on as another experiment, and its config.json would describe neither."""
     marked = name in config.GENERAL and config.GENERAL[name].resume
     assert bool(marked) == (name in FREE | {"steps"})
     cfg = opd.configure(words(users(name)[0]))
-    cfg.prompts_sha256 = {"main": "0"}
+    cfg.prompts_sha256 = cfg.models_sha256 = {"main": "0"}
     before = json.loads(json.dumps(vars(cfg)))
     config.check_same_experiment(cfg, before)
-    changed = SimpleNamespace(**vars(cfg) | {name: "another"})
+    content = name.endswith("_sha256")
+    changed = SimpleNamespace(**vars(cfg) | {name: {"main": "1"} if content else "another"})
     if marked:
         return config.check_same_experiment(changed, before)
-    with pytest.raises(config.Refused, match=f"--resume with another {name} .*was "):
+    expected = "content of main" if content else f"{name} .*was "
+    with pytest.raises(config.Refused, match=f"--resume with another {expected}"):
         config.check_same_experiment(changed, before)
 
 

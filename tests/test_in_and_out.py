@@ -311,7 +311,7 @@ def test_a_checkpoints_own_code_is_never_run_whatever_stdin_says(argv, start, tm
     write(folder / "tokenizer_config.json", settings | {
         "tokenizer_class": "Ours", "auto_map": {"AutoTokenizer": [None, "own.T"]}})
     with pytest.raises(Refused, match="cannot load .*custom code"):
-        text.read(str(folder), {})
+        text.read(str(folder), {}, "2026-01-01")
     with pytest.raises(ValueError, match="custom code"):
         scratch.main([str(tmp_path / "new"), "--tokenizer", str(folder)])
     assert not ran.exists() and "[y/N]" not in capsys.readouterr().out

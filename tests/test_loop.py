@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import opd
 from config import Refused
 from data import small_world
-from data.files import read_lines
+from data.files import checksums, read_lines
 from losses import Objective
 from methods import METHODS, Job, Rollout
 from methods.camopd import absolute_gap, positive_gap, scheduled, select, top_gap_mass
@@ -226,7 +226,7 @@ def test_targets_move_from_step_to_step_and_end_at_the_teacher(start, monkeypatc
         seen.append(kwargs["target"]), ours(*args, **kwargs))[1])
     run = start(steps=3, **flags)
     opd.train(run)
-    assert [pytest.approx(t) for t in targets] == seen
+    assert [pytest.approx(t) for t in targets] == seen[:3]       # the fourth is check_sound's
     assert not any("gap" in line for line in metrics(run))       # logprob_t is the target's
 
 
@@ -454,10 +454,9 @@ def test_what_another_version_or_hand_has_written_is_not_continued(start):
     run = start(save_every=1, steps=1)
     opd.train(run)
     log = run.out / "metrics.jsonl"
-    log.write_text("broken\n" + log.read_text())
-    with pytest.raises(Refused, match="metrics.jsonl: line 1 is not JSON"):
-        start(save_every=1, steps=2, out=run.out, resume=True)
-    torch.save({"optimizers": [], "state": {}}, run.out / "checkpoint" / "trainer.pt")
+    checkpoint = run.out / "checkpoint"
+    torch.save({"optimizers": [], "state": {}}, checkpoint / "trainer.pt")
+    (checkpoint / "checksums.json").write_text(json.dumps(checksums(checkpoint)))
     with pytest.raises(Refused, match="written by another version of opd"):
         start(save_every=1, steps=2, out=run.out, resume=True)
 
@@ -624,7 +623,7 @@ def test_a_broken_gradient_stops_the_run_and_keeps_the_checkpoint(start, monkeyp
 
     run, update = start(steps=3, save_every=1, lr=1e-3), opd.update
     monkeypatch.setattr(opd, "update", poisoned)
-    with pytest.raises(Refused, match="norm nan; lower"):
+    with pytest.raises(Refused, match="step 3: loss or gradient are not a number"):
         opd.train(run)
     resumed = start(steps=3, save_every=1, lr=1e-3, out=run.out, resume=True)
     assert resumed.state["step"] == 2 and parameters(resumed.student).isfinite().all()
@@ -636,5 +635,5 @@ def test_a_broken_teacher_stops_the_run(start, loss):
     run = start(loss=loss, method="opd")
     with torch.no_grad():
         run.teacher.head_VH[5] = math.nan
-    with pytest.raises(Refused, match="the loss is nan"):
+    with pytest.raises(Refused, match="wide computes what is not a number for one of the prompts of main"):
         opd.train(run)

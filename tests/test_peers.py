@@ -586,11 +586,12 @@ def test_another_experiment_is_not_resumed(solvable, prompts):
     """Templates and validation prompts are compared by what they say."""
     run = solvable(method="opcod")
     opd.begin(run), run.folder.save(run.learners, run.state)
-    for path, old, new in ((run.cfg.templates, "+", "-"), (run.cfg.val_prompts["more"], "rev", "rev a")):
+    for path, old, new, what in ((run.cfg.templates, "+", "-", "templates"),
+                                 (run.cfg.val_prompts["more"], "rev", "rev a", "val more")):
         text = open(path).read()
         with open(path, "w") as file:
             file.write(text.replace(old, new, 1))
-        with pytest.raises(Refused, match="--resume with another prompts_sha256"):
+        with pytest.raises(Refused, match=f"--resume with another content of {what} "):
             opd.Run(run.cfg.__class__(**vars(run.cfg) | {"resume": True}))
         with open(path, "w") as file:
             file.write(text)
