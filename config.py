@@ -69,8 +69,17 @@ LARGE = 2**20           # more of anything that memory holds at once could only 
 COUNT, AMOUNT = number(int, least=1, most=LARGE), number(int, least=0)
 FINITE = number(float, above=-math.inf)
 SEVERAL = number(int, least=2)
+TEMPERATURE = number(float, least=0.01, most=100)
 POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 PROBABILITY = number(float, above=0, most=1)
+
+
+def or_zero(kind):
+    """Return a type that also takes 0."""
+    def parse(text):
+        return 0.0 if float(text) == 0 else kind(text)
+    parse.__name__ = kind.__name__
+    return parse
 
 
 class OneOf:
@@ -272,7 +281,7 @@ FLAGS = {
                       only=(lambda c: c.support != "full", "a --support other than full")),
         "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
                           "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
-        "loss_temperature": Flag(1.0, "divides both models' logits in the loss", POSITIVE),
+        "loss_temperature": Flag(1.0, "divides both models' logits in the loss", TEMPERATURE),
         "importance_cap": Flag(None, "every token's weight is multiplied by min(p_train / p_sampler, C); "
                                "0 = it is not; OPCoD 2606.14368, table 4", NOT_NEGATIVE, shown="C",
                                of_methods=True),
@@ -300,7 +309,8 @@ FLAGS = {
                                         and not hasattr(c, "rounds"))),
         "batch": Flag(32, "prompts per step", COUNT, basic=True),
         "rollouts": Flag(1, "completions per prompt that the student samples", COUNT, of_methods=True),
-        "lr": Flag(None, "peak learning rate; default: 1e-5, with --lora_rank 1e-4", POSITIVE, basic=True),
+        "lr": Flag(None, "peak learning rate; default: 1e-5, with --lora_rank 1e-4",
+                   number(float, above=0, most=1000), basic=True),
         "lr_schedule": Flag("constant", "after the warm-up: constant, linear, cosine",
                             OneOf("constant", "linear", "cosine")),
         "warmup": Flag(0, "steps of linear warm-up", AMOUNT),
@@ -321,7 +331,7 @@ FLAGS = {
                            "Without Regret'", POSITIVE,
                            only=(lambda c: c.lora_rank or getattr(c, "teacher_rank", 0), "--lora_rank"))},
     "sampling and evaluation": {
-        "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", POSITIVE,
+        "temperature": Flag(1.0, "of the rollouts; anything but 1 is off-policy, and said so", TEMPERATURE,
                             only=SAMPLED),
         "top_p": Flag(1.0, "of the rollouts; likewise", PROBABILITY, only=SAMPLED),
         "max_new_tokens": Flag(None, "longest completion, in tokens; default: 512, or 2048 where the chat "
@@ -348,7 +358,7 @@ FLAGS = {
                               only=SAMPLED_EVALUATION),
         "gate_rollouts": Flag(16, "completions per validation prompt of the gate, as in evaluation", COUNT,
                               of_methods=True, only=SAMPLED_EVALUATION),
-        "eval_temperature": Flag(0.0, "of evaluation; 0 = greedy", NOT_NEGATIVE, only=EVALUATED),
+        "eval_temperature": Flag(0.0, "of evaluation; 0 = greedy", or_zero(TEMPERATURE), only=EVALUATED),
         "eval_top_p": Flag(None, "of sampled evaluation; default: --top_p", PROBABILITY,
                            only=SAMPLED_EVALUATION)},
     "diagnosis: what the gradients are like (lab/diagnosis.py)": {
@@ -652,6 +662,9 @@ def complete_machine(cfg, method):
     if (cfg.lora_rank or getattr(cfg, "teacher_rank", 0)) and not find_spec("peft"):
         raise Refused(f"--{'lora' if cfg.lora_rank else 'teacher'}_rank needs peft: pip install peft")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
+    if cfg.lr * cfg.weight_decay >= 1:
+        raise Refused(f"--weight_decay {cfg.weight_decay}: times --lr it must be below 1, or every step would turn "
+                      "the weights around")
     cfg.eval_top_p = cfg.eval_top_p or cfg.top_p
     if cfg.eval_every is None:
         rounds = getattr(cfg, "rounds", 0)

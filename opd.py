@@ -171,41 +171,33 @@ def backward(run, job, weights):
 
 def update(run, jobs, weights):
     """Add up the gradients of all Jobs, make one step of every learner, and return the step's statistics."""
-    cfg, step = run.cfg, run.state["step"]
+    learners = list(dict.fromkeys(job.learner for job in jobs))         # once, however many Jobs it has
+    lr, most = learning_rate(run.cfg, learners[-1].updates), run.cfg.grad_clip or math.inf
     with run.timed("update"):
         losses, stats = zip(*halving(run, lambda: [backward(run, *both) for both in zip(jobs, weights)]))
-        learners = list(dict.fromkeys(job.learner for job in jobs))     # once, however many Jobs it has
-        most = cfg.grad_clip or math.inf                                # inf: measured, not clipped
-        norm = sum(torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()
-                   for learner in learners)
-        finite = math.isfinite(norm + sum(losses))
-        if finite:
-            run.state["dropped"] = 0
+        norm = sum(torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()    # inf: measured,
+                   for learner in learners)                                                 # not clipped
+        if finite := math.isfinite(norm + sum(losses)):
+            for learner in learners:
+                make_step(run, learner)
         else:
-            drop(run, jobs)
-        for learner in learners:
-            lr = learning_rate(cfg, learner.updates)
-            for optimizer in learner.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * learner.lr_factor
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            learner.updates += 1
-            if finite and learner.average and cfg.self_teacher == "ema":    # a snapshot waits for run.refresh
-                models.follow(learner.average, cfg.ema_rate)
-    found = by_branch([r for job in jobs for r in job.rollouts])
-    branches = [name for name in run.branches if name in found]
-    by_job = {}
-    for job, job_weights, job_stats in zip(jobs, weights, stats):
-        name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
-        name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
-        by_job[name] = rollout_stats([job], [job_weights], [job_stats])
-    own = [i for i, job in enumerate(jobs) if job.learner in run.students]      # not a teacher that learns
-    of_students = ([x[i] for i in own] for x in (jobs, weights, stats))
+            drop(run, jobs, learners)
     values = {"loss": sum(losses), "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
-    return {"step": step, "branch": "+".join(branches), **values, "lr": lr,
-            **rollout_stats(*of_students), **({"branches": by_job} if len(jobs) > 1 else {})}
+    return {"step": run.state["step"], **values, "lr": lr, **step_stats(run, jobs, weights, stats)}
+
+
+def make_step(run, learner):
+    """Make the optimizers' step with the gradient that a learner has, and let its average follow."""
+    lr = learning_rate(run.cfg, learner.updates) * learner.lr_factor
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    learner.updates += 1
+    run.state["dropped"] = 0
+    if learner.average and run.cfg.self_teacher == "ema":               # a snapshot waits for run.refresh
+        models.follow(learner.average, run.cfg.ema_rate)
 
 
 # ---- what score, weigh, backward and update need -----------------------------------------------------------
@@ -232,14 +224,16 @@ def halving(run, work):
         tqdm.write(f"note: out of memory; goes on with --micro_tokens {run.cfg.micro_tokens}")
 
 
-def drop(run, jobs):
-    """Say what is not a number in a step, which changes nothing; refuse it unless --skip_bad_steps allows."""
+def drop(run, jobs, learners):
+    """Leave out a step with what is not a number, and say where; refuse it unless --skip_bad_steps allows it."""
+    for learner in learners:
+        learner.net.zero_grad(set_to_none=True)
     broken = [job for job in jobs for x in [*(job.hidden_t or []), *(job.lq or [])]
               if x is not None and not x.isfinite().all()]
     if broken:
         why = (f"{broken[0].teacher.path} computes what is not a number for one of the prompts of "
                f"{broken[0].branch}")
-    elif wrong := next((job.learner for job in jobs if not models.is_finite(job.learner.net)), None):
+    elif wrong := next((learner for learner in learners if not models.is_finite(learner.net)), None):
         why = f"the weights of {wrong.path} are no numbers any more; lower --lr or --weight_decay"
     else:
         why = "loss or gradient are not a number, though all weights are; lower --lr, or look at the data"
@@ -248,20 +242,6 @@ def drop(run, jobs):
     if run.state["dropped"] >= run.cfg.skip_bad_steps:
         raise Refused(why)
     tqdm.write(f"note: {why}; the step is dropped")
-
-
-def check_sound(run, jobs, weights):
-    """Refuse to save learners from which no step could go on.
-
-    On a few of the rollouts that they have just learned from, the gradient must still be finite.
-    """
-    for job, job_weights in zip(jobs, weights):
-        kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
-        few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
-        parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
-        if not all(g.isfinite().all() for g in gradients(run, job, parameters, few)):
-            raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, and "
-                          "so is not saved; lower --lr or --weight_decay")
 
 
 def rollout_counts(jobs, weights):
@@ -320,6 +300,21 @@ def note_gap(job, group, stats):
     lengths = [len(job.rollouts[i].ids_T) for i in group]
     put(job.lp, group, stats["logprob_s"].split(lengths))
     put(job.lq, group, stats["logprob_t"].split(lengths))
+
+
+def step_stats(run, jobs, weights, stats):
+    """Return the statistics of a step, and if it has several Jobs those of each."""
+    found = by_branch([r for job in jobs for r in job.rollouts])
+    branches = [name for name in run.branches if name in found]
+    by_job = {}
+    for job, job_weights, job_stats in zip(jobs, weights, stats):
+        name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
+        name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
+        by_job[name] = rollout_stats([job], [job_weights], [job_stats])
+    own = [i for i, job in enumerate(jobs) if job.learner in run.students]      # not a teacher that learns
+    of_students = ([x[i] for i in own] for x in (jobs, weights, stats))
+    return {"branch": "+".join(branches), **rollout_stats(*of_students),
+            **({"branches": by_job} if len(jobs) > 1 else {})}
 
 
 def learning_rate(cfg, step):
@@ -417,6 +412,20 @@ def record(run, jobs, weights, stats):
         if not state["dropped"]:                        # otherwise they are as they were
             check_sound(run, jobs, weights)
         run.folder.save(run.learners, state)
+
+
+def check_sound(run, jobs, weights):
+    """Refuse to save learners from which no step could go on.
+
+    On a few of the rollouts that they have just learned from, the gradient must still be finite.
+    """
+    for job, job_weights in zip(jobs, weights):
+        kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
+        few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
+        parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
+        if not all(g.isfinite().all() for g in gradients(run, job, parameters, few)):
+            raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, and "
+                          "so is not saved; lower --lr or --weight_decay")
 
 
 def finish(run):

@@ -1,4 +1,4 @@
-"""What is refused before weights are read: rows, options, flags and folders, each in one line that says why."""
+"""What is refused before weights are read: rows, options, flags, folders, each in one line that says why."""
 import csv
 import functools
 import json
@@ -32,9 +32,9 @@ UPPER, JOINED, LAST = (CHATML.replace("m.content", content) for content in (
 PLAIN = ("{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
          "{% if add_generation_prompt %}Assistant:{% endif %}")
 OPENS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not brief %}<think>\n{% endif %}{% endif %}")
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '' if brief else '<think>\n' }}{% endif %}")
 QUICK, BRIEF = '{"enable_thinking": false}', '{"brief": true}'
-FACTS = {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be brief."}
+FACTS = [{"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be brief."}]
 GOOD = {"prompt": "What is 2 and 3?", "answer": "5", "solution": "It is 2 and 3.</think>5"}
 
 
@@ -79,15 +79,16 @@ def bare(tmp_path_factory):
         for part in (net.config, net.generation_config, tok):
             part.save_pretrained(folder)
         return folder
-    return lambda spec: spec if isinstance(spec, Path) else make(**spec) if isinstance(spec, dict) else make(spec)
+    found = lambda spec: make(**spec) if isinstance(spec, dict) else make(spec)
+    return lambda spec: spec if isinstance(spec, Path) else found(spec)
 
 
 @pytest.fixture
 def checked(argv, bare, prompts, monkeypatch):
     """checked(rows, flag=value, ..) -> the line that refuses them, or "" if the weights would be read next.
 
-    student, teacher: templates, what else `bare` takes, or paths. checked.path: the file of the rows; checked.run:
-    the Run whose weights would be read.
+    student, teacher: templates, what else `bare` takes, or paths. checked.path: the file of the rows;
+    checked.run: the Run whose weights would be read.
     """
     def reached(*args, **kwargs):
         raise Reached
@@ -119,52 +120,53 @@ def checked(argv, bare, prompts, monkeypatch):
 
 # ---- the rules of data/check.py ----------------------------------------------------------------------------
 
-SFT = dict(method="sft")
+SFT, IMAGE, LONG, TURN = dict(method="sft"), dict(more="<image>"), "Hi " * 99, "<|im_start|>user"
 REFUSED = [         # the rule that is broken (None: whichever), the row, flags, what the line says
-    ("fields", dict(prompt="Hi"), SFT, 'no "solution", which --method sft learns from'),
-    ("fields", dict(prompt="Hi", solution=5), SFT, '"solution", which --method sft learns from, is text, not'),
-    ("fields", dict(prompt="Hi"), dict(method="grpo"), 'no "answer", which --method grpo needs for its rewards'),
-    ("user", [user("Hi"), assistant("Hello.")], {}, "the last message is of role 'assistant', not of the user"),
+    ("fields", {}, SFT, 'no "solution", which --method sft learns from'),
+    ("fields", dict(solution=5), SFT, '"solution", which --method sft learns from, is text, not'),
+    ("fields", {}, dict(method="grpo"), 'no "answer", which --method grpo needs for its rewards'),
+    ("user", [user("Hi"), assistant("Hello.")], {}, "message is of role 'assistant', not of the user"),
     ("user", FACTS[:1], {}, "the last message is of role 'system', not of the user"),
     ("user", " \n", {}, "the user says nothing"),
     ("user", " ", dict(student=None, teacher=None), "the user says nothing"),
     ("user", [FACTS[0], user("\t")], {}, "the user says nothing"),
-    ("wrapped", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", {}, "the text has '<|im_start|>user'"),
-    ("wrapped", [FACTS[0], user("It is so: <|im_start|>user\nHi")], {}, "the text has '<|im_start|>user' and so"),
-    ("wrapped", "<|im_start|>user\nHi", dict(student=DEFAULT), "the text has '<|im_start|>user' and so"),
-    ("wrapped", " User: Hi\nAssistant:", dict(student=PLAIN), "the text has 'User:' and so is in the chat template"),
-    ("wrapped", "User: Hi\nAssistant:", dict(teacher=PLAIN), "the text has 'User:' and so is in the chat template"),
-    ("template", [FACTS[1], user("Hi")], dict(student=STRICT), "leaves out the text of a message of role 'develop"),
-    ("template", [FACTS[1], user("Hi")], dict(teacher=STRICT), "leaves out the text of a message of role 'develop"),
+    ("wrapped", f"{TURN}\nHi<|im_end|>\n<|im_start|>assistant\n", {}, f"the text has '{TURN}' and so is in"),
+    ("wrapped", [FACTS[0], user(f"It is so: {TURN}\nHi")], {}, f"the text has '{TURN}'"),
+    ("wrapped", f"{TURN}\nHi", dict(student=DEFAULT), f"the text has '{TURN}'"),
+    ("wrapped", " User: Hi\nAssistant:", dict(student=PLAIN), "the text has 'User:'"),
+    ("wrapped", "User: Hi\nAssistant:", dict(teacher=PLAIN), "the text has 'User:'"),
+    ("template", [FACTS[1], user("Hi")], dict(student=STRICT), "leaves out the text of a message of role"),
+    ("template", [FACTS[1], user("Hi")], dict(teacher=STRICT), "leaves out the text of a message of role"),
     ("template", [user("Hi"), {"role": "tool", "content": "17"}], dict(student=STRICT), "of role 'tool'"),
     ("template", [user("Add 1"), assistant("2"), user("add  1")], dict(student=FIRST), "leaves out the text"),
     ("template", [FACTS[0], user("Hi")], dict(teacher=RAISES), "no system role"),
-    ("template", [user("Hi")], dict(student=None), "has no chat template, but the prompt is a list of messages"),
-    ("completion", dict(prompt="Hi", solution="5<|im_end|>\n"), SFT, """"solution" has '<|im_end|>', which ends"""),
-    ("completion", dict(prompt="Hi", solution="5<|endoftext|>"), SFT, """"solution" has '<|endoftext|>', which"""),
-    ("completion", dict(prompt="Hi", chosen="5", rejected="<|im_end|>6"), dict(method="dpo"), '"rejected" has'),
-    ("completion", dict(prompt="Hi", solution="5"), SFT | dict(student=OPENS), 'opens <think>, so "solution" has'),
-    ("completion", dict(prompt="Hi", solution=" <think>2 and 3</think>5"), SFT | dict(student=OPENS), "opens <think>"),
-    ("answer", dict(prompt="Hi", answer="<think>5"), {}, "the grader exact calls no completion correct"),
-    (None, dict(prompt="Hi", answer="five", grader="number"), {}, "needs an answer with a number and nothing else"),
-    (None, dict(prompt="Hi", answer="five"), dict(grader="number"), "needs an answer with a number"),
-    (None, dict(prompt="Hi", chosen="5", rejected="5"), dict(method="dpo"), "chosen and rejected texts are the same"),
-    (None, dict(prompt="Hi", solution=" "), dict(method="opsd"), "its self-teacher would see nothing"),
-    ("tokens", "<image> Hi", dict(student=dict(more="<image>"), teacher=dict(more="<image>")), "has no row in"),
-    ("length", "Hi " * 99, dict(student=dict(positions=64)), "64 positions; lower --max_new_tokens, or drop the row"),
-    ("length", "Hi " * 99, dict(teacher=dict(positions=64)), "64 positions; lower --max_new_tokens, or drop the row"),
-    ("length", dict(prompt="Hi", solution="Hi " * 99), SFT | dict(student=dict(positions=64)), "64 positions"),
-    ("length", dict(prompt="Hi", solution="Hi " * 99), dict(method="opsd", student=dict(positions=80)),
+    ("template", [user("Hi")], dict(student=None), "has no chat template, but the prompt is a list"),
+    ("completion", dict(solution="5<|im_end|>\n"), SFT, """"solution" has '<|im_end|>', which"""),
+    ("completion", dict(solution="5<|endoftext|>"), SFT, """"solution" has '<|endoftext|>'"""),
+    ("completion", dict(chosen="5", rejected="<|im_end|>6"), dict(method="dpo"), '"rejected" has'),
+    ("completion", dict(solution="5"), SFT | dict(student=OPENS), 'opens <think>, so "solution"'),
+    ("completion", dict(solution=" <think>2</think>5"), SFT | dict(student=OPENS), "opens <think>"),
+    ("answer", dict(answer="<think>5"), {}, "the grader exact calls no completion correct"),
+    (None, dict(answer="five", grader="number"), {}, "needs an answer with a number"),
+    (None, dict(answer="five"), dict(grader="number"), "needs an answer with a number"),
+    (None, dict(chosen="5", rejected="5"), dict(method="dpo"), "texts are the same"),
+    (None, dict(solution=" "), dict(method="opsd"), "its self-teacher would see nothing"),
+    ("tokens", "<image>", dict(student=IMAGE, teacher=IMAGE), "the token '<image>', id "),
+    ("length", LONG, dict(student=dict(positions=64)), "64 positions; lower --max_new_tokens"),
+    ("length", LONG, dict(teacher=dict(positions=64)), "64 positions; lower --max_new_tokens"),
+    ("length", dict(solution=LONG), SFT | dict(student=dict(positions=64)), "64 positions"),
+    ("length", dict(solution=LONG), dict(method="opsd", student=dict(positions=80)),
      "as the self-teacher reads them")]
 
 
 def as_row(row):
-    """A row of the table, which may be only a prompt."""
-    return row if isinstance(row, dict) else {"prompt": row if isinstance(row, str) else list(row)}
+    """A row of the table, which may be only a prompt, or have none."""
+    return {"prompt": "Hi"} | (row if isinstance(row, dict) else {"prompt": row})
 
 
 @pytest.mark.parametrize("rule, row, flags, expected", REFUSED, ids=short)
-def test_a_row_that_breaks_a_rule_is_refused_before_weights_are_read(checked, capsys, rule, row, flags, expected):
+def test_a_row_that_breaks_a_rule_is_refused_before_weights_are_read(checked, capsys, rule, row, flags,
+                                                                     expected):
     """In one line with file and number, without a trace on the disk, and by --dry_run under its rule."""
     good = GOOD | dict(chosen="5", rejected="6")
     line = checked([good, as_row(row)], **flags)
@@ -180,6 +182,36 @@ def test_the_table_has_every_rule():
     assert {rule for rule, *_ in REFUSED} - {None} == set(RULES)
 
 
+def test_each_row_is_checked_for_those_who_read_it_and_for_no_others(checked, bare, prompts):
+    """A branch's teacher reads its own branch; in compact every teacher reads everything."""
+    paths = [f"{name}={prompts(name, [GOOD, as_row([FACTS[1], user('Hi')])])}" for name in "ab"]
+    teachers = lambda *templates: [f"{name}={bare(template)}" for name, template in zip("ab", templates)]
+    mopd = dict(method="mopd", prompts=paths)
+    assert checked(teachers=teachers(CHATML, CHATML), **mopd) == ""
+    assert "a.jsonl:2: the chat template" in checked(teachers=teachers(STRICT, CHATML), **mopd)
+    line = checked(teachers=teachers(CHATML, STRICT), **mopd)
+    assert "b.jsonl:2: the chat template" in line and "other rows" not in line
+    rows = [GOOD | {"rationales": {"c": "2 and 3"}, "prompt": [FACTS[1], user("Hi")]}]
+    for templates in ((CHATML, STRICT), (STRICT, CHATML)):
+        assert "leaves out" in checked(rows, teachers=teachers(*templates), method="compact")
+    assert checked(rows, teachers=teachers(CHATML, CHATML), method="compact") == ""
+
+
+def test_evaluation_prompts_are_checked_before_weights_are_read_too(checked, prompts):
+    """For the student, which answers them; they need an answer, and no text to learn from."""
+    long = dict(student=dict(positions=64), max_new_tokens=40, **SFT)
+    for row, flags, expected in (({}, {}, 'no "answer", so it cannot be evaluated'),
+                                 (dict(answer="5") | as_row(FACTS[:1]), SFT, "not of the user"),
+                                 (dict(prompt="Hi " * 10, answer="5"), long, "64 positions")):
+        path = prompts("e", [GOOD, as_row(row)])
+        line = checked(eval_prompts=[f"e={path}"], **flags)
+        assert line.startswith(f"{path}:2: ") and expected in line
+    e = prompts("e", [as_row(dict(answer="5"))])
+    assert checked(eval_prompts=[f"e={e}"], **SFT) == ""
+    developer = prompts("e", [as_row([FACTS[1], user("Hi")]) | dict(answer="5")])
+    assert checked(eval_prompts=[f"e={developer}"], teacher=STRICT) == ""
+
+
 @pytest.mark.parametrize("row, flags", [
     ([*FACTS, user("Hi")], {}), ([user("Hi"), {"role": "tool", "content": "17"}], {}),
     ("The User: Hi\nAssistant:", dict(student=PLAIN, teacher=PLAIN)), ("User: Hi", {}),
@@ -188,11 +220,11 @@ def test_the_table_has_every_rule():
     ([user("a"), assistant("<think>b</think>\n\nc"), user("d")], dict(student=LAST)),
     ([user("a"), assistant("<think>b</think>\n\nc"), user("d")], {}),
     ([user("Hi"), assistant("Hi"), user("Hi")], dict(student=STRICT)),
-    (dict(prompt="Hi", solution="5"), dict(method="opd", student=OPENS)),       # it is not learned from
-    (dict(prompt="Hi", solution="5<|im_end|>"), SFT), (dict(prompt="Hi", solution="5"), SFT),
-    (dict(prompt="Hi", solution="2 and 3</think>5"), SFT | dict(student=OPENS)),
-    (dict(prompt="Hi", solution="5"), SFT | dict(student=OPENS, chat_template_kwargs=BRIEF)),
-    ("Hi", dict(student=PLAIN, chat_template_kwargs=QUICK))], ids=short)        # the teacher's template reads it
+    (dict(solution="5"), dict(method="opd", student=OPENS)),       # it is not learned from
+    (dict(solution="5<|im_end|>"), SFT), (dict(solution="5"), SFT),
+    (dict(solution="2 and 3</think>5"), SFT | dict(student=OPENS)),
+    (dict(solution="5"), SFT | dict(student=OPENS, chat_template_kwargs=BRIEF)),
+    ("Hi", dict(student=PLAIN, chat_template_kwargs=QUICK))], ids=short)    # its teacher's template reads it
 def test_what_is_meant_as_it_is_read_passes(checked, row, flags):
     assert checked([as_row(row)], **flags) == ""
 
@@ -200,7 +232,7 @@ def test_what_is_meant_as_it_is_read_passes(checked, row, flags):
 def test_the_end_of_a_turn_is_learned_once(checked):
     """Whether a solution has it or not."""
     for text in ("It is 5.", "It is 5.<|im_end|>"):
-        assert checked([dict(prompt="Hi", solution=text)], **SFT) == ""
+        assert checked([as_row(dict(solution=text))], **SFT) == ""
         *ids, last = checked.run.student.encode_completion(text)
         assert checked.run.student.tok.decode(ids) == "It is 5." and last == 2
 
@@ -244,7 +276,7 @@ def test_a_dry_run_says_of_every_rule_how_many_rows_break_it(checked, capsys):
     for rule in reversed(RULES):
         at[rule] = 2 + sum(len(broken[other]) for other in at)
     lines = [text for text in printed.splitlines() if not text.startswith("note")]
-    assert [text for text in lines[::2]] == [f"{len(broken[rule]):>6} rows {RULES[rule]}, such as" for rule in RULES]
+    assert lines[::2] == [f"{len(broken[rule]):>6} rows {RULES[rule]}, such as" for rule in RULES]
     for rule, text in zip(RULES, lines[1::2], strict=True):
         assert text.startswith(f"       {checked.path}:{at[rule]}: ")
     assert checked(rows, student=student, **SFT) == line
@@ -254,15 +286,13 @@ def test_a_dry_run_says_of_every_rule_how_many_rows_break_it(checked, capsys):
 # ---- options of the chat template --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, expected", [
-    (dict(chat_template_kwargs='{"enable_thinkin": 1}'), "reads 'enable_thinkin'; did you mean enable_thinking?"),
-    (dict(teacher_chat_template_kwargs='{"enabled": 1}'), "--teacher_chat_template_kwargs: no chat template of"),
-    (dict(student=PLAIN, teacher=PLAIN, chat_template_kwargs=QUICK), "--chat_template_kwargs: no chat template"),
+    (dict(chat_template_kwargs='{"enable_thinkin": 1}'), "'enable_thinkin'; did you mean enable_thinking?"),
+    (dict(teacher_chat_template_kwargs='{"enabled": 1}'), "--teacher_chat_template_kwargs: no chat template"),
+    (dict(student=PLAIN, teacher=PLAIN, chat_template_kwargs=QUICK), "--chat_template_kwargs: no chat"),
     (dict(student=None, teacher=None, chat_template_kwargs=QUICK), "reads 'enable_thinking'"),
     (dict(method="opsd", teacher_chat_template_kwargs='{"brif": 1}', student=OPENS), "did you mean brief?"),
-    (dict(method="opsd", self_teacher="live", teacher_chat_template_kwargs=QUICK), "no effect without a teacher"),
-    (SFT | dict(teacher_chat_template_kwargs=QUICK), "--teacher_chat_template_kwargs has no effect without"),
-    (dict(method="grpo", teacher_chat_template_kwargs="{}"), "--teacher_chat_template_kwargs has no effect without")],
-    ids=short)
+    *[(flags | dict(teacher_chat_template_kwargs="{}"), "no effect without a teacher that is not the student")
+      for flags in (SFT, dict(method="grpo"), dict(method="opsd", self_teacher="live"))]], ids=short)
 def test_an_option_that_no_template_reads_is_refused(checked, flags, expected):
     """It is misspelt, or nobody is there to read it, and the run would go on without it."""
     assert expected in checked(**flags)
@@ -273,8 +303,8 @@ def test_an_option_that_no_template_reads_is_refused(checked, flags, expected):
     ({}, dict(teacher_chat_template_kwargs=QUICK), (True, False)),
     (dict(chat_template_kwargs=QUICK), dict(teacher_chat_template_kwargs="{}"), (False, True))], ids=short)
 @pytest.mark.parametrize("flags", [
-    dict(), dict(lora_rank=2), dict(method="opsd", self_teacher="frozen"), dict(method="opsd", self_teacher="ema"),
-    dict(method="opsd", self_teacher="frozen", lora_rank=2)], ids=short)
+    dict(), dict(lora_rank=2), *[dict(method="opsd", self_teacher=kind) for kind in ("frozen", "ema")],
+    dict(self_teacher="frozen", method="opsd", lora_rank=2)], ids=short)
 def test_a_teachers_options_are_its_own(start, bare, prompts, flags, student, teacher, thinks):
     """They reach the prompt that the teacher reads, and not the student's, which is their default."""
     if "lora_rank" in flags:
@@ -295,7 +325,11 @@ def test_a_teacher_writes_after_the_prompt_in_its_own_options(start, bare, promp
     run = start(student=bare(dict(seed=0)), teachers=[bare(dict(seed=1))], method="seqkd", batch=1,
                 prompts=[prompts("rows", [GOOD])], teacher_chat_template_kwargs=QUICK)
     asked, complete = [], run.complete
-    monkeypatch.setattr(run, "complete", lambda model, ids, *more: asked.extend(ids) or complete(model, ids, *more))
+
+    def recorded(model, prompts, *more):
+        asked.extend(prompts)
+        return complete(model, prompts, *more)
+    monkeypatch.setattr(run, "complete", recorded)
     job, = next(run.jobs())
     assert run.student.tok.decode(asked[0]).endswith("assistant\n<think>\n\n</think>\n\n")
     assert run.student.tok.decode(job.rollouts[0].prompt_ids).endswith("assistant\n")
@@ -324,15 +358,15 @@ def test_drop_long_leaves_out_exactly_the_rows_without_room(checked, capsys, sho
     assert f"note: 2 of 4 rows of {checked.path} are too long and left out\n" in capsys.readouterr().out
     assert checked(rows[:2], drop_long=True, **flags) == "" and "left out" not in capsys.readouterr().out
     assert checked(rows[2:], drop_long=True, **flags) == f"{checked.path}: --drop_long leaves no row of it"
-    bad = rows + [{"prompt": [*FACTS]}]
+    bad = rows + [{"prompt": FACTS}]
     assert checked(bad, drop_long=True, **flags).startswith(f"{checked.path}:5: the last message is of role")
 
 
 def test_drop_long_is_for_evaluation_and_fixed_texts_too(checked, prompts):
     rows, most = long_rows(checked)
     flags = dict(student=dict(positions=64), drop_long=True)
-    assert checked(eval_prompts=[f"e={prompts('e', rows)}"], max_new_tokens=most, **flags) == ""
-    assert [row["row"] for row in checked.run.evals["e"]] == [1, 2] and len(checked.run.prompts["main"]) == 1
+    assert checked(rows[:2], eval_prompts=[f"e={prompts('e', rows)}"], max_new_tokens=most, **flags) == ""
+    assert [row["row"] for row in checked.run.prompts["main"] + checked.run.evals["e"]] == [1, 2, 1, 2]
     assert checked([GOOD, GOOD | {"solution": "What " * 99}, GOOD], **flags, **SFT) == ""
     assert [row["row"] for row in checked.run.prompts["main"]] == [1, 3]
     assert checked.run.longest.completion == len(checked.run.student.encode_completion(GOOD["solution"]))
@@ -343,14 +377,15 @@ SAME = [{"prompt": p, "answer": "cba", "solution": "cba"} for p in ("rev abc>", 
 
 @pytest.fixture
 def writing(start, prompts, monkeypatch):
-    """writing(texts, flag=value, ..) -> a Run whose models write these texts in turn; those with .. are cut."""
+    """writing(texts, flag=value, ..) -> a Run whose models write these texts in turn; with .. one is cut."""
     def make(texts, **flags):
         def generate(model, asked, *_):
             completions = []
             for i in range(len(asked)):
                 text = texts[i % len(texts)]
-                ids_T = model.encode_completion(text.removesuffix(".."))[:-1 if text.endswith("..") else None]
-                completions.append((torch.tensor(ids_T), torch.full((len(ids_T),), -1.0)))
+                *ids, end = model.encode_completion(text.removesuffix(".."))
+                ids_T = torch.tensor(ids if text.endswith("..") else [*ids, end])
+                completions.append((ids_T, torch.full((len(ids_T),), -1.0)))
             return completions
         monkeypatch.setattr(models.Model, "generate", generate)
         return double(start(prompts=[prompts("same", SAME)], batch=3, **flags))
@@ -365,7 +400,7 @@ TEXTS = ["cba", "hello..", "cba..", "xyz", "q", "add.."]
 
 
 @pytest.mark.parametrize("flags", [
-    dict(rollouts=2), dict(method="mopd", loss="rkl", rollouts=2), dict(method="gkd", gkd_lambda=1, rollouts=2),
+    dict(rollouts=2), dict(method="mopd", loss="rkl"), dict(method="gkd", gkd_lambda=1, rollouts=2),
     dict(method="grpo", rollouts=4), dict(method="opsd", rollouts=2), dict(method="seqkd")], ids=short)
 def test_drop_cut_takes_the_weight_of_cut_rollouts_and_of_no_others(writing, flags):
     """In grpo the advantages of the others stay what they were, since rewards of cut ones still count."""
@@ -431,10 +466,11 @@ def test_a_base_model_reads_a_prompt_without_the_end_that_its_tokenizer_adds(che
     for text in ("What is 2?", "What is 2?<|im_end|>", "What<|im_end|><|im_end|>"):
         assert checked([{"prompt": text}], student=closed, teacher=closed) == ""
         student, row = checked.run.student, checked.run.prompts["main"][0]
-        ids = first + student.tok(text, add_special_tokens=False).input_ids
-        assert checked.run.views(row) == (ids, ids)
-        assert ids[-1] == 2 or not text.endswith("<|im_end|>")
-        assert student.encode_completion("It is")[-2:] == student.tok(" is", add_special_tokens=False).input_ids + [2]
+        plain = student.tok(text, add_special_tokens=False).input_ids
+        assert checked.run.views(row) == (first + plain, first + plain)
+        assert student.tok.decode(plain) == text
+        assert student.encode_completion(text + " 5") == [
+            *student.tok(text + " 5", add_special_tokens=False).input_ids, 2]
 
 
 # ---- data/prompts.py ---------------------------------------------------------------------------------------
@@ -455,15 +491,17 @@ def write_csv(path, rows):
 
 
 def write_parquet(path, rows):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="optional: pip install pyarrow")
-    parquet.write_table(parquet.pa.Table.from_pylist(
-        [dict.fromkeys(("prompt", "answer", "topic", "solution")) | row for row in rows]), path)
+    pyarrow = pytest.importorskip("pyarrow", reason="optional: pip install pyarrow")
+    from pyarrow import parquet
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.Table.from_pylist([names | row for row in rows]), path)
 
 
 FORMS = {
     "lines.jsonl": lambda path, rows: path.write_text(lines(rows), encoding="utf-8"),
     "any.name": lambda path, rows: path.write_text(lines(rows), encoding="utf-8"),
-    "windows.jsonl": lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + lines(rows).replace("\n", "\r\n").encode()),
+    "windows.jsonl": lambda path, rows: path.write_bytes(
+        b"\xef\xbb\xbf" + lines(rows).replace("\n", "\r\n").encode()),
     "list.json": lambda path, rows: path.write_text(f"\n {json.dumps(rows, indent=1)}\n"),
     "table.csv": write_csv, "table.parquet": write_parquet}
 
@@ -474,7 +512,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     FORMS[name](tmp_path / name, TABLE)
     rows = load_prompts(str(tmp_path / name), "words")
     expected = [row | {"branch": "words", "row": i} for i, row in enumerate(TABLE, 1)]
-    if name == "table.csv":                                     # it is read as text, where \r\n is one line end
+    if name == "table.csv":                             # it is read as text, where \r\n is one line end
         expected[0]["prompt"] = expected[0]["prompt"].replace("\r\n", "\n")
     assert rows == expected
 
@@ -505,11 +543,7 @@ SHARED = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"
 @pytest.mark.parametrize("name", ["lines.jsonl", "list.json", "table.parquet"])
 def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, ours):
     more = dict(id=7, source="web", level=2)
-    if name == "table.parquet":
-        parquet = pytest.importorskip("pyarrow.parquet", reason="optional: pip install pyarrow")
-        parquet.write_table(parquet.pa.Table.from_pylist([theirs | more]), tmp_path / name)
-    else:
-        FORMS[name](tmp_path / name, [theirs | more])
+    FORMS[name](tmp_path / name, [theirs | more])
     assert load_prompts(str(tmp_path / name), "main") == [ours | more | {"branch": "main", "row": 1}]
 
 
@@ -528,7 +562,7 @@ def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, our
     ("a.jsonl", '{"prompt": "a", "answer": ["b"]}', ":1", "\"answer\" is text or a number, not ['b']"),
     ("a.jsonl", '{"prompt": "a \\ud83d"}', ":1", "half of a surrogate pair"),
     ("a.jsonl", '{"prompt": "a", "x": ["\\ude00"]}', ":1", "half of a surrogate pair"),
-    ("a.jsonl", '{"prompt": "a", "anwser": "b"}', ":1", 'the field "anwser" is unknown; did you mean "answer"?'),
+    ("a.jsonl", '{"prompt": "a", "anwser": "b"}', ":1", 'field "anwser" is unknown; did you mean "answer"?'),
     ("a.jsonl", '{"prompt": "a", "answer": "b", "Grader": "exact"}', ":1", 'did you mean "grader"?'),
     ("a.jsonl", '{"prompt": "a", "grader": "exat"}', ":1", "unknown grader 'exat'; did you mean exact?"),
     ("a.jsonl", '{"prompt": [{"role": "user", "content": ["b"]}]}', ":1", '"prompt" is text or a list of'),
@@ -536,7 +570,8 @@ def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, our
     ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00", "", "is not UTF-8 text"),
     ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "", "is not UTF-8 text"),
     ("a.csv", "prompt,answer\na,1\nb,2,3\n", ":2", "more cells than the first line has names"),
-    ("a.csv", "text;answer\na;1\n", ":1", "but this one has text;answer"), ("a.csv", "prompt\n", "", "no prompts"),
+    ("a.csv", "text;answer\na;1\n", ":1", "but this one has text;answer"),
+    ("a.csv", "prompt,answer\n", "", "has no prompts"),
     ("a.csv", "prompt,answer\n,1\n", ":1", "but this one has answer"),
     ("a.parquet", b"PAR1", "", "cannot read "), ("folder", None, "", "it is a folder, not a file"),
     ("a.txt", b"", "", "has no prompts")], ids=short)
@@ -554,8 +589,8 @@ def test_files_that_cannot_be_used_are_refused_with_their_line(tmp_path, name, t
 
 
 def test_fields_of_ones_own_pass(tmp_path):
-    row = {name: "x" for name in ("prompt", "topic", "level", "id", "source", "skill", "subject", "system", "text",
-                                  "type", "url", "choices", "rejected_score", "prompts", "category", "difficulty")}
+    row = dict.fromkeys("prompt topic level id source skill subject system text type url choices category "
+                        "difficulty rejected_score chosen_model prompt_id prompts".split(), "x")
     (tmp_path / "own.jsonl").write_text(json.dumps(row))
     assert load_prompts(str(tmp_path / "own.jsonl"), "main") == [row | {"branch": "main", "row": 1}]
 
@@ -574,15 +609,15 @@ PG, SAMPLES = dict(loss="pg"), "has no effect without a --method that samples"
     (words(**PG, importance=[1, 1]), "--importance 1.0 1.0: LOW must be below HIGH"),
     (words(batch=10**9), "--batch: 1000000000 is not at least 1 and at most 1048576"),
     (words(rollouts=2**20 + 1), "--rollouts: 1048577 is not at least 1 and at most 1048576"),
-    (words(batch=2000, rollouts=1000), "--batch 2000 with its --rollouts is 2,000,000 completions per step; at most"),
+    (words(batch=2000, rollouts=1000), "--batch 2000 with its --rollouts is 2,000,000 completions per"),
     (words("grpo", batch=2**18), "--batch 262144 with its --rollouts is 2,097,152 completions"),
     (words(lora_rank=10**7), "--lora_rank: 10000000 is not at least 0 and at most 16384"),
     (words(out=""), "--out '' names no folder"),
-    *[(words(method, **{flag: value}), f"--{flag} {SAMPLES}") for method in ("sft", "kd", "okd") for flag, value in (
-        ("temperature", 0.5), ("top_p", 0.5), ("drop_cut", True), ("max_new_tokens", 5))],
+    *[(words(method, **{flag: value}), f"--{flag} {SAMPLES}") for method in ("sft", "kd", "okd")
+      for flag, value in (("temperature", 0.5), ("top_p", 0.5), ("drop_cut", True), ("max_new_tokens", 5))],
     *[(words(**{flag: value}), f"--{flag} has no effect without ") for flag, value in (
         ("eval_every", 5), ("eval_rollouts", 2), ("eval_temperature", 1), ("eval_top_p", 0.5))],
-    (words(eval_prompts="e", eval_rollouts=2), "--eval_rollouts has no effect without evaluation prompts and an")],
+    (words(eval_prompts="e", eval_rollouts=2), "no effect without evaluation prompts and an --eval_temp")],
     ids=short)
 def test_flags_that_could_only_be_slips_are_refused(line, expected):
     assert expected in said(line)
@@ -614,29 +649,32 @@ def unwritable(root):
 
 
 @pytest.mark.parametrize("out, expected", [
-    (lambda root: "x" * 300, "can be no folder: [Errno"), (lambda root: root / ("x" * 300) / "y", "can be no folder"),
-    (lambda root: root / "link", "link is a link to what is not there"), (lambda root: root / "file", "file is a file"),
+    (lambda root: "x" * 300, "can be no folder"), (lambda root: root / ("x" * 300) / "y", "can be no folder"),
+    (lambda root: root / "link", "link is a link to what is not there"),
+    (lambda root: root / "file", "file is a file; it must be a folder"),
     (lambda root: root / "file" / "sub" / "sub", "file is a file; it must be a folder"),
+    (lambda root: root, "holds other files and no run; choose another --out"),
     (lambda root: unwritable(root), "locked cannot be written"),
     (lambda root: unwritable(root) / "a" / "b", "locked cannot be written")],
-    ids=["long", "long parent", "dangling", "file", "in a file", "unwritable", "in unwritable"])
-@pytest.mark.parametrize("dry_run", [[], True], ids=["run", "dry run"])
-def test_an_out_that_cannot_be_written_is_refused_before_weights_are_read(checked, tmp_path, out, expected, dry_run):
+    ids=["long", "long parent", "dangling", "file", "in a file", "other files", "locked", "in locked"])
+@pytest.mark.parametrize("dry", [[], True], ids=["run", "dry run"])
+def test_an_out_that_cannot_be_is_refused_before_weights_are_read(checked, tmp_path, out, expected, dry):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = {path.name for path in tmp_path.iterdir()}
     path = out(tmp_path)
-    line = checked(out=path, dry_run=dry_run)
+    line = checked(out=path, dry_run=dry)
     assert line.startswith("--out ") and expected in line
     assert {path.name for path in tmp_path.iterdir()} - before <= {"rows.jsonl", "words.jsonl", "locked"}
 
 
 @pytest.mark.parametrize("path, expected", [
     ("model.gguf", "is a file; a model is given as its folder, .* (GGUF is not read)"),
-    ("model.safetensors", "is a file; a model is given as its folder, with config.json, tokenizer and safetensors"),
-    ("stduent", "no such folder, and not a hub id; did you mean ROOT/student? there are: ROOT/other, ROOT/student"),
+    ("model.safetensors", "is a file; a model is given as its folder, with config.json, tokenizer and safe"),
+    ("stduent", "no such folder, and not a hub id; did you mean ROOT/student? there are: ROOT/other, "),
     ("student/final", "no such folder, and not a hub id"),
-    ("adapter", "is an adapter; give a merged model"), ("run", "no tokenizer in this folder; did you mean its final/?"),
+    ("adapter", "is an adapter; give a merged model"),
+    ("run", "no tokenizer in this folder; did you mean its final/?"),
     ("empty", "no tokenizer in this folder")])
 def test_a_path_that_is_no_model_is_named_with_what_was_meant(checked, tmp_path, path, expected):
     root = tmp_path / "models"
@@ -657,4 +695,5 @@ def test_a_path_that_is_no_model_is_named_with_what_was_meant(checked, tmp_path,
 
 def test_a_name_that_is_neither_a_folder_nor_reachable_is_said_to_be_neither(checked):
     for name in ("nowhere", "no/where"):
-        assert checked(student=Path(name)).startswith(f"cannot load {name}: no folder of that name, and as a hub id: ")
+        line = checked(student=Path(name))
+        assert line.startswith(f"cannot load {name}: no folder of that name, and as a hub id: ")
