@@ -337,9 +337,9 @@ FLAGS = {
         "max_new_tokens": Flag(None, "longest completion, in tokens; default: 512, or 2048 where the chat "
                                "template lets the student think", COUNT, basic=True,
                                only=(samples, "a --method that samples, or --eval_prompts")),
-        "drop_cut": Flag(False, "completions that reach --max_new_tokens without an end are not learned from; "
-                         "in camopd they are not selected, in preferences their pair is left out, in grpo "
-                         "their rewards still count in the mean", bool, only=SAMPLED),
+        "drop_cut": Flag(False, "completions that reach --max_new_tokens without an end are not learned "
+                         "from; in camopd they are not selected, in preferences their pair is left out, in "
+                         "grpo their rewards still count in the mean", bool, only=SAMPLED),
         "drop_long": Flag(False, "leave out prompts that have no room for a completion, and say how many, "
                           "instead of refusing their file", bool),
         "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "
@@ -347,8 +347,8 @@ FLAGS = {
                              COUNT, resume=True),
         "chat_template_kwargs": Flag({}, "passed to the chat template, e.g. '{\"enable_thinking\": false}'",
                                      json_object, shown="JSON"),
-        "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; default: "
-                                             "what the students get", json_object, shown="JSON",
+        "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; "
+                                             "default: what the students get", json_object, shown="JSON",
                                              only=(lambda c: c.teachers or getattr(c, "self_teacher", "live")
                                                    != "live", "a teacher that is not the student itself")),
         "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
@@ -381,9 +381,9 @@ FLAGS = {
         "dtype": Flag(None, "of the computation; what learns is kept in float32; default: bfloat16 on cuda, "
                       "float32 on cpu", OneOf("float32", "bfloat16")),
         "seed": Flag(0, "of prompts' order and sampling", number(int, least=0, most=2**40)),
-        "skip_bad_steps": Flag(0, "a step whose loss or gradient is not a number is dropped and counted, and the "
-                               "Nth of them in a row stops the run; 0 = the first does", AMOUNT, shown="N",
-                               resume=True),
+        "skip_bad_steps": Flag(0, "a step whose loss or gradient is not a number is dropped and counted, "
+                               "and the Nth of them in a row stops the run; 0 = the first does", AMOUNT,
+                               shown="N", resume=True),
         "save_every": Flag(100, "steps between checkpoints; 0 = at the end only", AMOUNT, resume=True),
         "log_samples": Flag(2, "rollouts per step and Job that samples.jsonl keeps", AMOUNT, resume=True)}}
 
@@ -439,7 +439,8 @@ def build_parser(about, methods, everything):
                 options |= dict(action="store_true")
             else:
                 kind = str if isinstance(flag.type, (PerBranch, Ratio)) else flag.type
-                options |= dict(action=Once, type=kind, nargs=flag.words, metavar=flag.shown or placeholder(flag))
+                options |= dict(action=Once, type=kind, nargs=flag.words,
+                                metavar=flag.shown or placeholder(flag))
             group.add_argument(f"--{name}", **options)
     return parser
 
@@ -558,8 +559,8 @@ def complete_objective(cfg, given, method):
         raise Refused(f"--method {cfg.method} cannot use --loss {cfg.loss}; "
                       f"it can use: {', '.join(method.losses)}")
     if not cfg.importance[0] < cfg.importance[1] or not cfg.importance[0] <= 1 <= cfg.importance[1]:
-        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH, and 1, the "
-                      "ratio of a sampler that is the student, between them")
+        raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH, and 1, "
+                      "the ratio of a sampler that is the student, between them")
     if not has_divergence(cfg):
         for flag in ("support", "top_k"):                   # the method's own defaults are for a divergence
             if flag not in given:
@@ -604,7 +605,8 @@ def complete_branches(cfg, given, method, branches):
         if isinstance(own.type, (PerBranch, Ratio)):
             setattr(cfg, name, own.type.complete(given.get(name), own.default, branches, f"--{name}"))
     if (many := cfg.batch * getattr(cfg, "rollouts", 1)) > LARGE:
-        raise Refused(f"--batch {cfg.batch} with its --rollouts is {many:,} completions per step; at most {LARGE:,}")
+        raise Refused(f"--batch {cfg.batch} with its --rollouts is {many:,} completions per step; at most "
+                      f"{LARGE:,}")
     mixed = getattr(cfg, "schedule", "mixed") == "mixed"    # otherwise a step has one branch
     if mixed and not all(split(cfg.batch, cfg.mixture, branches).values()):
         raise Refused(f"--batch {cfg.batch} leaves a branch without prompts in the mixture "
@@ -663,8 +665,8 @@ def complete_machine(cfg, method):
         raise Refused(f"--{'lora' if cfg.lora_rank else 'teacher'}_rank needs peft: pip install peft")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)
     if cfg.lr * cfg.weight_decay >= 1:
-        raise Refused(f"--weight_decay {cfg.weight_decay}: times --lr it must be below 1, or every step would turn "
-                      "the weights around")
+        raise Refused(f"--weight_decay {cfg.weight_decay}: times --lr it must be below 1, or every step "
+                      "would turn the weights around")
     cfg.eval_top_p = cfg.eval_top_p or cfg.top_p
     if cfg.eval_every is None:
         rounds = getattr(cfg, "rounds", 0)
@@ -745,7 +747,7 @@ def check_same_experiment(cfg, before):
         if now[name] != before.get(name) and not may_change:
             if name.endswith("_sha256"):
                 others = [key for key in now[name] if now[name][key] != (before.get(name) or {}).get(key)]
-                raise Refused(f"--resume with another content of {', '.join(others) or name} would be another "
-                              "experiment; choose another --out")
+                raise Refused(f"--resume with another content of {', '.join(others) or name} would be "
+                              "another experiment; choose another --out")
             raise Refused(f"--resume with another {name} ({now[name]}, was {before.get(name)}) would be "
                           "another experiment; choose another --out")

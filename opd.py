@@ -38,7 +38,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__":                          # what follows takes seconds, in which Ctrl-C is a line, too
+if __name__ == "__main__":                          # the imports take seconds, in which Ctrl-C is a line, too
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("opd.py: interrupted before the first step"))
 
@@ -164,7 +164,7 @@ def backward(run, job, weights):
         total += loss.item()
         for name, x_N in stats.items():
             collected.setdefault(name, []).append(x_N[weight_N != 0])
-    for group, stats in noted:                                      # at the end: nothing is known of half a Job
+    for group, stats in noted:                              # at the end: nothing is known of half a Job
         note_gap(job, group, stats)
     return total, {name: torch.cat(parts) for name, parts in collected.items()}
 
@@ -209,7 +209,7 @@ def put(values, places, new):
 
 
 def halving(run, work):
-    """Return work(). Where it does not fit, do it again with half of --micro_tokens, which changes no result."""
+    """Return work(). Where memory is short, do it again with half of --micro_tokens: the same result."""
     while True:
         try:
             return work()
@@ -225,7 +225,7 @@ def halving(run, work):
 
 
 def drop(run, jobs, learners):
-    """Leave out a step with what is not a number, and say where; refuse it unless --skip_bad_steps allows it."""
+    """Leave out a step with what is not a number, and say where; without --skip_bad_steps refuse it."""
     for learner in learners:
         learner.net.zero_grad(set_to_none=True)
     broken = [job for job in jobs for x in [*(job.hidden_t or []), *(job.lq or [])]
@@ -424,8 +424,8 @@ def check_sound(run, jobs, weights):
         few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
         parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
         if not all(g.isfinite().all() for g in gradients(run, job, parameters, few)):
-            raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, and "
-                          "so is not saved; lower --lr or --weight_decay")
+            raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, "
+                          "and so is not saved; lower --lr or --weight_decay")
 
 
 def finish(run):
@@ -498,7 +498,7 @@ class Run:
         self.cfg.models_sha256 |= {f"teacher of {name}": t.digest for name, t in self.teachers.items()}
 
     def load_models(self, checkpoint):
-        """Make Models of the Readers: students, teachers and self-teachers, with their weights (models.py)."""
+        """Make Models (models.py) of the Readers: students, teachers and self-teachers with their weights."""
         cfg, learns = self.cfg, self.method.teacher_learns
         if cfg.device != "cpu" and not cfg.dry_run:
             torch.cuda.set_device(cfg.device)                   # streams and graphs are of the current device
@@ -801,7 +801,7 @@ def main(argv=None):
     except (Refused, OSError) as error:                     # OSError: a full disk, say
         message = str(error)
     except KeyboardInterrupt:
-        message = f"interrupted after step {run.state['step']}" if begun else "interrupted before the first step"
+        message = "interrupted " + (f"after step {run.state['step']}" if begun else "before the first step")
     except torch.OutOfMemoryError:
         message = f"step {run.state['step'] + 1} does not fit on {cfg.device}. {LESS_MEMORY}"
     raise SystemExit(f"opd.py: {message}{f'; {run.folder.holds}' if begun and run.folder.lock else ''}")

@@ -128,7 +128,7 @@ class Reader:
             before, _, after = self.rendered("a question").partition("a question")
         except Exception:                                       # the check of the prompts says what is wrong
             return "", ""
-        return before.removeprefix(self.tok.bos_token or ""), after
+        return before, after
 
     @property
     def turn(self):
@@ -248,7 +248,8 @@ def check_path(path):
     local = Path(path)
     if local.is_file():
         raise Refused(f"{path} is a file; a model is given as its folder, with config.json, tokenizer and "
-                      f"safetensors{' (GGUF is not read)' * path.endswith('.gguf')}")
+                      "safetensors"
+                      + f"; python -m data.pretrained {path} OUT makes one" * path.endswith(".gguf"))
     if not local.is_dir():
         there = [str(other) for other in local.parent.glob("*/")] if local.parent.is_dir() else []
         if path[0] in "./" or path.count("/") > 1 or "/" in path and there:
@@ -281,7 +282,7 @@ def own_files(folder):
 
 
 def digest(folder, files):
-    """Return a short hash of a checkpoint: of its own files, and of size and samples of those with weights."""
+    """Return a short hash of a checkpoint: its own files, and of those with weights size and samples."""
     found = hashlib.sha256(repr(sorted(files.items())).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size

@@ -12,7 +12,7 @@ from text import messages, opens_thinking
 from .graders import can_be_correct, without_thinking
 from .prompts import check_grader
 
-RULES = {                   # what a row can break, in the order in which it is checked -> in words for --dry_run
+RULES = {                   # what a row can break, in the order of the checks -> in words for --dry_run
     "fields": "lack what the method learns from, or what evaluation compares with",
     "user": "do not end with a word of the user",
     "wrapped": "are in the chat template already",
@@ -182,7 +182,7 @@ def check_row(run, row, reader, longest, trained, read):
 
 
 def check_messages(prompt, reader):
-    """Refuse a prompt that does not end with the user's word, or of which a model would not see every word."""
+    """Refuse a prompt that does not end with the user's word, or of which a model would not see all words."""
     turns = messages(prompt)
     if turns[-1]["role"] not in ("user", "tool"):
         raise Fault("user", f"the last message is of role {turns[-1]['role']!r}, not of the user; what a "
@@ -200,7 +200,7 @@ def check_messages(prompt, reader):
     # Templates trim texts, and leave out what was thought in earlier turns.
     plain = lambda text: " ".join(text.split()).casefold()
     seen = plain(reader.rendered(prompt))
-    for m in sorted(turns, key=lambda m: -len(m["content"])):           # a short one may be part of a long one
+    for m in sorted(turns, key=lambda m: -len(m["content"])):       # a short one may be part of a long one
         said = plain(without_thinking(m["content"]) if m["role"] == "assistant" else m["content"])
         if said not in seen:
             raise Fault("template", f"the chat template of {reader.path} leaves out the text of a message of "
@@ -213,11 +213,11 @@ def check_completion(student, row, field):
     text = row[field]
     if student.template and opens_thinking(student.rendered(row["prompt"])):
         if "</think>" not in text or text.lstrip().startswith("<think>"):
-            raise Fault("completion", f'the chat template of {student.path} opens <think>, so "{field}" has to '
-                                      "begin with thinking and </think>, or the template be told not to "
+            raise Fault("completion", f'the chat template of {student.path} opens <think>, so "{field}" has '
+                                      "to begin with thinking and </think>, or the template be told not to "
                                       "(--chat_template_kwargs)")
     ids = student.encode_completion(text)
     if inside := [i for i in ids[:-1] if i in student.stops]:
-        raise Fault("completion", f'"{field}" has {student.tok.decode(inside[0])!r}, which ends a completion, '
-                                  "before its end")
+        raise Fault("completion", f'"{field}" has {student.tok.decode(inside[0])!r}, which ends a completion'
+                                  ", before its end")
     return ids

@@ -1,4 +1,4 @@
-"""Files and folders that a kill, a full disk or a power cut leaves in a state from which a run can be resumed."""
+"""Files and folders from which a run can be resumed after a kill, a full disk or a power cut."""
 import contextlib
 import json
 import os
@@ -26,8 +26,8 @@ def own(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise Refused(f"{folder} belongs to process {file.read().strip()}, which is still running; wait for it, "
-                      "or choose another --out") from None
+        raise Refused(f"{folder} belongs to process {file.read().strip()}, which is still running; wait for "
+                      "it, or choose another --out") from None
     except OSError:             # a file system without locks
         return file
     file.seek(0)
@@ -116,8 +116,8 @@ def check_whole(folder):
     try:
         written = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError):
-        raise Refused(f"{folder} has no {CHECKSUMS} that can be read: it is damaged, or another version of opd "
-                      "wrote it; begin anew with another --out") from None
+        raise Refused(f"{folder} has no {CHECKSUMS} that can be read: it is damaged, or another version of "
+                      "opd wrote it; begin anew with another --out") from None
     found = checksums(folder)
     for name in written.keys() | found.keys():
         if written.get(name) != found.get(name):
@@ -139,7 +139,8 @@ def read_lines(path):
         except ValueError:                                      # not UTF-8, not JSON, or no record
             broken.append(number)
     if broken and broken != [len(lines)]:
-        tqdm.write(f"note: {path}: {len(broken)} lines cannot be read and are left out, line {broken[0]} first")
+        tqdm.write(f"note: {path}: {len(broken)} lines cannot be read and are left out, first line "
+                   f"{broken[0]}")
     return out
 
 

@@ -64,7 +64,7 @@ class Folder:
         """What of the run is safe, in words, for messages."""
         if self.saved is None:
             return f"{self.out} has no checkpoint yet; with --resume the same command begins again"
-        return f"the same command with --resume continues from the checkpoint in {self.out}, step {self.saved}"
+        return f"with --resume the same command continues at the checkpoint in {self.out}, step {self.saved}"
 
     def restore(self, learners):
         """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""

@@ -122,9 +122,9 @@ def check_prompt(where, row):
     """Return a row in our own form; refuse what is not a prompt row."""
     row = in_our_form(row) if isinstance(row, dict) else row
     if not isinstance(row, dict) or not row.get("prompt"):
-        has = f"has {', '.join(map(str, row)) or 'nothing'}" if isinstance(row, dict) else f"is {str(row)[:60]}"
+        found = ", ".join(row) if isinstance(row, dict) else str(row)[:60]
         raise Refused(f'{where}: a row is an object with a non-empty "prompt" (or messages, conversations, '
-                      f"instruction, question), but this one {has}")
+                      f"instruction, question), not: {found}")
     if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
         raise Refused(f'{where}: "prompt" is text or a list of {{"role", "content"}} messages')
     if (text := json.dumps(row, ensure_ascii=False)) != text.encode(errors="replace").decode():
@@ -133,7 +133,8 @@ def check_prompt(where, row):
         if close := difflib.get_close_matches(name, set(FIELDS) - row.keys(), n=1, cutoff=0.8):
             raise Refused(f'{where}: the field "{name}" is unknown; did you mean "{close[0]}"?')
     answer = row.get("answer", "")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or answer in (math.inf, -math.inf):
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and abs(answer) < math.inf
+    if not isinstance(answer, str) and not number:
         raise Refused(f'{where}: "answer" is text or a number, not {answer!r}')
     if "grader" in row:
         check_grader(f"{where}: ", row["grader"])
@@ -153,7 +154,8 @@ def in_our_form(row):
                 row["solution"] = row["prompt"].pop()["content"]
             return row
     if "instruction" in row:
-        row["prompt"] = "\n\n".join(str(part) for part in (row.pop("instruction"), row.pop("input", "")) if part)
+        parts = row.pop("instruction"), row.pop("input", "")
+        row["prompt"] = "\n\n".join(str(part) for part in parts if part)
         if "output" in row:
             row.setdefault("solution", row.pop("output"))
     elif "question" in row:

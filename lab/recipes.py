@@ -379,6 +379,53 @@ SMALL_CAMOPD = Recipe(
 )
 
 
+# ---- assistant: a pretrained model (data/assistant.py) -----------------------------------------------------
+
+ASSISTANT = dict(student="{dir}/domain/final", steps=120, eval_every=40,
+                 teachers=["general={dir}/world/model", "domain={dir}/domain/final"],
+                 prompts=["general={dir}/world/general.jsonl", "domain={dir}/world/domain.jsonl"])
+ONE_TEACHER = ASSISTANT | dict(teachers="{dir}/world/model", prompts="{dir}/world/general.jsonl")
+BEHIND_SEQKD = ASSISTANT | dict(student="{dir}/seqkd-half/final", steps=60)
+ASSISTANT_ROWS = {
+    "seqkd": ASSISTANT | dict(method="seqkd"),
+    "seqkd-half": ASSISTANT | dict(method="seqkd", steps=60),
+    "seqkd-then-rkl": BEHIND_SEQKD | dict(method="mopd", loss="rkl"),
+    "mopd-rkl": ASSISTANT | dict(method="mopd", loss="rkl"),
+    "mopd-fkl": ASSISTANT | dict(method="mopd", loss="fkl"),
+    "mopd-pg": ASSISTANT | dict(method="mopd"),
+    "camopd-fkl": ASSISTANT | dict(method="camopd", loss="fkl"),
+    "camopd-pg": ASSISTANT | dict(method="camopd"),
+    "opd-fkl": ONE_TEACHER | dict(method="opd", loss="fkl"),
+    "mopd-jeffreys": ASSISTANT | dict(method="mopd", loss="jeffreys"),
+    "mopd-fkl-3to1": ASSISTANT | dict(method="mopd", loss="fkl", mixture="3:1"),
+    "focus-fkl": ASSISTANT | dict(method="focus", loss="fkl"),
+    "seqkd-then-pg": BEHIND_SEQKD | dict(method="mopd"),
+    "seqkd-then-camopd": BEHIND_SEQKD | dict(method="camopd", loss="rkl"),
+}
+ASSISTANT_RECIPE = Recipe(
+    about="CaMOPD's question on a pretrained chat model: SmolLM2-135M-Instruct is specialised in parsing "
+          "requests to a voice assistant, after which it answers everything in JSON. Every row starts from "
+          "it and tries to get the chat model back and to keep the parser. The divergence is a factor beside "
+          "the method: where the student is certain of a wrong first token, only what weighs by the "
+          "teacher's probability pulls it away. Rows with 'then' make their first half by seqkd. Parser: slot F1 on "
+          "held-out requests, in %. Prose: share of held-out questions that are not answered in JSON, in %. "
+          "Greedy, at most 64 tokens.",
+    prepare=["data.assistant", "{dir}/world", "--seed", "{seed}"],
+    common=dict(seed="{seed}", batch=16, lr=5e-5, warmup=3, max_new_tokens=64, save_every=0,
+                micro_tokens=2048, eval_prompts=["parser={dir}/world/eval_domain.jsonl",
+                                                 "prose={dir}/world/eval_general.jsonl"]),
+    rows={"domain": dict(student="{dir}/world/model", prompts=["{dir}/world/domain.jsonl"], method="sft",
+                         lr=2e-4, lr_schedule="cosine", warmup=5, steps=120),
+          **ASSISTANT_ROWS},
+    columns={"parser": "parser, slot F1", "prose": "answers in prose"},
+    axes={"parser, slot F1, %": ("parser",), "answers in prose, %": ("prose",)},
+    references=("domain",),
+    quick={"": dict(steps=30, eval_every=15, save_every=15), "domain": dict(save_every=30),
+           **{row: dict(steps=15, eval_every=15) for row, flags in ASSISTANT_ROWS.items()
+              if flags["steps"] == 60}},
+)
+
+
 # ---- opcod-*: a paper's table ------------------------------------------------------------------------------
 
 # OPCoD, 2606.14368, table 1: of each pair of domains student 1's two scores and then student 2's, in %.
@@ -455,6 +502,7 @@ RECIPES = {
     "small-all": SMALL_ALL,
     "small-opcod": SMALL_OPCOD,
     "small-camopd": SMALL_CAMOPD,
+    "assistant": ASSISTANT_RECIPE,
     "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),
     "opcod-chem-mat": opcod("chemistry", "material", rounds=2),
     "opcod-mat-phys": opcod("material", "physics", rounds=5),
@@ -583,7 +631,8 @@ def list_recipes():
     """Return one line per recipe: its rows, the seeds that its expected numbers are means of, what it is."""
     lines = [f"{'recipe':<17}{'rows':>4}  {'expected':<11}about"]
     for name, recipe in RECIPES.items():
-        seeds = f"{recipe.expected_seeds} seeds" if recipe.expected_seeds else "a paper's"
+        paper = "a paper's" if recipe.expected else ""
+        seeds = f"{recipe.expected_seeds} seeds" if recipe.expected_seeds else paper
         about = textwrap.shorten(recipe.about, 76, placeholder=" ..")
         lines.append(f"{name:<17}{len(recipe.rows):>4}  {seeds:<11}{about}")
     return "\n".join(lines)
