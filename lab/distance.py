@@ -10,46 +10,45 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-import opd
-from config import Refused, first_line
+import models
+from config import Refused, first_line, parse
+from data.prompts import load_prompts
 from kernels import linear_divergence
-from losses import LOSSES
-from methods import Job
-from opd import micro_batches
+from methods import METHODS
+from text import read_models
 
 
 def distances(teacher, student, prompts, tokens, device):
     """Return {"KL(q||p)", "KL(p||q)"}, nats per token. prompts: a prompt file; tokens: the longest answer."""
     nowhere = f"{tempfile.gettempdir()}/opd-distance-{os.getpid()}"         # nothing is written
-    words = ["--student", student, "--teachers", teacher, "--prompts", prompts, "--method", "opd", "--batch",
-             "1", "--max_new_tokens", str(tokens), "--drop_long", "--out", nowhere]
-    run = opd.Run(opd.configure(words + (["--device", device] if device else [])))
-    rows = run.prompts["main"]
-    torch.manual_seed(run.cfg.seed)
-    said = run.sample(run.teacher, rows, n=1, temperature=0.0)
-    own = run.sample(run.student, rows, n=1)
-    return {"KL(q||p)": divergence(run, said, "fkl"), "KL(p||q)": divergence(run, own, "rkl")}
+    words = ["--student", student, "--teachers", teacher, "--prompts", prompts, "--method", "opd", "--out",
+             nowhere, *(["--device", device] if device else [])]
+    cfg = parse(words, "", METHODS)
+    cfg.today = time.strftime("%Y-%m-%d")
+    (reader,), readers = read_models(cfg, teacher_learns=False)
+    p, q = models.load(reader, cfg), models.load(readers[cfg.teachers["main"]], cfg)
+    rows = [row["prompt"] for row in load_prompts(prompts, "main")]
+    seen = {model: [model.encode(prompt) for prompt in rows] for model in (p, q)}
+    torch.manual_seed(0)
+    said = q.generate(seen[q], 0.0, 1.0, tokens, rows=32)
+    own = p.generate(seen[p], 1.0, 1.0, tokens, rows=32)
+    return {"KL(q||p)": divergence("fkl", p, q, seen, said), "KL(p||q)": divergence("rkl", p, q, seen, own)}
 
 
 @torch.no_grad()
-def divergence(run, rollouts, loss):
-    """Return the mean of a divergence of student and teacher over all tokens of some rollouts."""
-    job = Job(run.student, run.teacher, [run.rollout(r.prompt, r.ids_T) for r in rollouts], LOSSES[loss])
-    run.score([job], gaps=False)
-    head_t_VH, total, count = run.teacher.head_VH.to(run.student.device), 0.0, 0
-    lengths = {i: len(r.prompt_ids) + len(r.ids_T) for i, r in enumerate(job.rollouts)}
-    for group in micro_batches(lengths, run.cfg.micro_tokens):
-        some = [job.rollouts[i] for i in group]
-        hidden_NH = run.student.hidden_states([r.prompt_ids for r in some], [r.ids_T for r in some])
-        hidden_t_NH = torch.cat([job.hidden_t[i] for i in group]).to(hidden_NH.device)
-        value, _ = linear_divergence(hidden_NH, run.student.head_VH, hidden_t_NH, head_t_VH, divergence=loss,
-                                     vocab=run.student.vocab, softcap_s=run.student.softcap,
-                                     softcap_t=run.teacher.softcap)
-        total, count = total + value.item(), count + len(hidden_NH)
+def divergence(loss, p, q, seen, completions):
+    """Return the mean of a divergence over all tokens of some completions [(ids_T, ..)]."""
+    total, count = 0.0, 0
+    for i, (ids_T, _) in enumerate(completions):
+        hidden_NH, hidden_t_NH = (model.hidden_states([seen[model][i]], [ids_T]) for model in (p, q))
+        value, _ = linear_divergence(hidden_NH, p.head_VH, hidden_t_NH, q.head_VH, divergence=loss,
+                                     vocab=p.vocab, softcap_s=p.softcap, softcap_t=q.softcap)
+        total, count = total + value.item(), count + len(ids_T)
     return total / count
 
 
