@@ -36,15 +36,22 @@ class Refused(ValueError):
 
 
 def first_line(error):
-    """Return the first line of an exception's message, or the exception's name."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """Return the first line of an exception's message, with what follows a colon, or the exception's name."""
+    first, *more = (str(error).strip() or repr(error)).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+
+
+def one_line(message):
+    """Return a message as it can be shown: control characters in words, and of a very long one both ends."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    return shown if len(shown) <= 1000 else f"{shown[:500]} .. {shown[-480:]}"
 
 
 def nearest(name, names):
     """Return a hint for a message: the name that is closest to an unknown one, and all names."""
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}there are: {', '.join(names)}"
+    return f"{hint}there are: {', '.join(names) or 'none'}"
 
 
 # ---- types: what the words of a flag may be ----------------------------------------------------------------
@@ -53,22 +60,25 @@ def number(kind, least=None, above=None, most=math.inf):
     """Return a type for a flag: an int or a finite float within bounds."""
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value):
+        if not abs(value) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         enough = value >= least if above is None else value > above
         if not (enough and value <= most):
             low = f"at least {least}" if above is None else f"above {above}"
             high = f" and at most {most}" if most < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {low}{high}")
+        if kind is float and value and not 1e-12 <= abs(value) <= 1e12:
+            raise argparse.ArgumentTypeError(f"{text} is not between 1e-12 and 1e12, where float32 computes "
+                                             "well")
         return value
     parse.__name__ = kind.__name__
     return parse
 
 
 LARGE = 2**20           # more of anything that memory holds at once could only be a slip of the hand
-COUNT, AMOUNT = number(int, least=1, most=LARGE), number(int, least=0)
+COUNT, AMOUNT = number(int, least=1, most=LARGE), number(int, least=0, most=2**40)
 FINITE = number(float, above=-math.inf)
-SEVERAL = number(int, least=2)
+SEVERAL, RANK = number(int, least=2, most=LARGE), number(int, least=0, most=2**14)
 TEMPERATURE = number(float, least=0.01, most=100)
 POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 PROBABILITY = number(float, above=0, most=1)
@@ -156,8 +166,9 @@ def pairs(values, flag, default):
         name, found = re.fullmatch(r"(?:([^\W\d][\w-]*)=)?(.*)", value, re.S).groups()
         if name and Path(value).exists():                   # a path that has = in it
             name, found = None, value
-        elif not name and Path(value.partition("=")[2]).exists() and "=" in value:
-            raise Refused(f"{flag} {value}: a name has letters, digits, _ and - only")
+        elif not name and "=" in value and not Path(value).exists():
+            raise Refused(f"{flag} {value}: a name begins with a letter, and has letters, digits, _ and - "
+                          "only")
         if not found:
             raise Refused(f"{flag} {value!r} names nothing")
         if name is None and len(values) > 1:
@@ -170,7 +181,9 @@ def pairs(values, flag, default):
 
 
 def home(path):
-    """Return the path with ~ expanded, which the shell does not do in BRANCH=~/x."""
+    """Return the path without a last slash and with ~ expanded, which no shell does in BRANCH=~/x."""
+    if not path:
+        raise Refused("'' names no file and no folder")
     try:
         path = str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -178,9 +191,27 @@ def home(path):
     return path.rstrip("/") or path
 
 
+def parse_json(text):
+    """Return what a JSON text says. A ValueError says why it is none: NaN, a key that stands twice, .."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice in {list(dict(pairs))}")
+        return dict(pairs)
+
+    def constant(name):
+        raise ValueError(f"{name} is no number of JSON")
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def json_object(text):
     """Return a flag's JSON object, with options of the chat template, as a dict."""
-    value = json.loads(text)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON ({error})") from None
     if not isinstance(value, dict) or {"tokenize", "add_generation_prompt", "messages"} & value.keys():
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object with options of the chat template")
     return value
@@ -293,7 +324,7 @@ FLAGS = {
                         only=(lambda c: (getattr(c, "schedule", "mixed") == "mixed"
                                          or getattr(c, "diagnose_every", 0)), "--schedule mixed")),
         "teacher_rank": Flag(8, "LoRA rank of the teachers that learn, whose own weights are frozen; needs "
-                             "peft; 0 = all their weights learn", AMOUNT, of_methods=True),
+                             "peft; 0 = all their weights learn", RANK, of_methods=True),
         "self_teacher": Flag(None, "the student as its own teacher: its moving average (ema), as it started "
                              "(frozen), as it is (live), or a copy that the method renews (snapshot)",
                              OneOf("ema", "frozen", "live", "snapshot"), of_methods=True),
@@ -303,7 +334,7 @@ FLAGS = {
         "templates": Flag(None, "JSON with the texts that self-teachers and tutors read; default: those of "
                           "methods/feedback.py", shown="FILE", of_methods=True, resume=True)},
     "optimisation": {
-        "steps": Flag(100, "optimizer steps of each student", number(int, least=1), basic=True,
+        "steps": Flag(100, "optimizer steps of each student", number(int, least=1, most=2**40), basic=True,
                       # with these settings no step depends on where the training ends
                       resume=lambda c: (c.lr_schedule == "constant" and c.target == "teacher"
                                         and not hasattr(c, "rounds"))),
@@ -326,7 +357,7 @@ FLAGS = {
                                        "for one more forward pass", bool, resume=True),
         "lora_rank": Flag(0, "train a LoRA adapter of this rank on all linear layers (not on experts that "
                           "are one tensor) instead of the weights, which then are kept in --dtype; needs "
-                          "peft; 0 = no adapter", number(int, least=0, most=2**14), basic=True),
+                          "peft; 0 = no adapter", RANK, basic=True),
         "lora_alpha": Flag(32.0, "LoRA: the adapter's product is scaled by alpha / rank; 32 is that of 'LoRA "
                            "Without Regret'", POSITIVE,
                            only=(lambda c: c.lora_rank or getattr(c, "teacher_rank", 0), "--lora_rank"))},
@@ -349,8 +380,9 @@ FLAGS = {
                                      json_object, shown="JSON"),
         "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; "
                                              "default: what the students get", json_object, shown="JSON",
-                                             only=(lambda c: c.teachers or getattr(c, "self_teacher", "live")
-                                                   != "live", "a teacher that is not the student itself")),
+                                             only=(lambda c: c.teachers or hasattr(c, "templates")
+                                                   and c.self_teacher != "live",
+                                                   "a teacher that reads prompts of its own")),
         "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
                            "after training only; default: 0, or a round of methods that have rounds", AMOUNT,
                            resume=True, only=(lambda c: c.eval_prompts, "--eval_prompts")),
@@ -517,6 +549,8 @@ def parse(argv, about, methods):
             raise Refused(f"--{flag} is missing; python opd.py --help explains the flags")
     cfg = SimpleNamespace(**{name: given.get(name, flag.default) for name, flag in GENERAL.items()
                              if not flag.of_methods})
+    if "" in cfg.student:
+        raise Refused("--student '' names nothing")
     cfg.student = [home(path) for path in cfg.student]
     cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
     cfg.eval_prompts = pairs(cfg.eval_prompts, "--eval_prompts", "eval")
@@ -709,12 +743,16 @@ def record(cfg):
 def check_out(out):
     """Refuse an --out that cannot be written, before anything is."""
     try:
-        path = Path(out)
-        if path.is_symlink() and not path.exists():
-            raise Refused(f"--out {out} is a link to what is not there")
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        out.encode()                                            # config.json is UTF-8
+        if "\0" in out:                                         # of which Path.exists only says no
+            raise ValueError("embedded null byte")
+        way = [Path(out).absolute(), *Path(out).absolute().parents]
+        there = next(path for path in way if path.exists())
+        link = next((path for path in way if path.is_symlink() and not path.exists()), None)
     except (OSError, ValueError) as error:                      # a name that is too long, say, or with a NUL
-        raise Refused(f"--out {out[:60]!r} can be no folder: {first_line(error)}") from None
+        raise Refused(f"--out {out!r} can be no folder: {first_line(error)}") from None
+    if link:
+        raise Refused(f"--out {out}: {link} is a link to what is not there")
     if not there.is_dir():
         raise Refused(f"--out {out}: {there} is a file; it must be a folder")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -737,6 +775,12 @@ def check_resume(cfg):
     return before
 
 
+def identity(cfg):
+    """Return what a checkpoint says of the run that it is of."""
+    return {"method": cfg.method, "optimizer": cfg.optimizer, "lora_rank": cfg.lora_rank,
+            "prompts": cfg.prompts_sha256, "models": cfg.models_sha256}
+
+
 def check_same_experiment(cfg, before):
     """Refuse to continue a run under settings that would make it another experiment."""
     now = json.loads(json.dumps(vars(cfg)))                 # as they are in config.json: tuples become lists
@@ -746,7 +790,8 @@ def check_same_experiment(cfg, before):
             may_change = may_change(cfg)
         if now[name] != before.get(name) and not may_change:
             if name.endswith("_sha256"):
-                others = [key for key in now[name] if now[name][key] != (before.get(name) or {}).get(key)]
+                then = before.get(name) if isinstance(before.get(name), dict) else {}
+                others = [key for key in now[name] if now[name][key] != then.get(key)]
                 raise Refused(f"--resume with another content of {', '.join(others) or name} would be "
                               "another experiment; choose another --out")
             raise Refused(f"--resume with another {name} ({now[name]}, was {before.get(name)}) would be "

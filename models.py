@@ -272,10 +272,12 @@ def scale_embedding_fp32(module, inputs, out, dtype):
 def read_net(source, dtype, device):
     """Return the network with the weights in `source`. device: of a quantised one, which cannot be moved."""
     net, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+        source, dtype=dtype, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
         **(dict(device_map={"": device}) if device else {}))
     unused = [] if device else found["unexpected_keys"]         # a quantised one may have scales to spare
-    for keys, wrong in ((found["missing_keys"], "missing"), (unused, "not in its config's model")):
+    shapes = [key[0] for key in found["mismatched_keys"]]
+    for keys, wrong in ((shapes, "of another shape than its config says"), (found["missing_keys"], "missing"),
+                        (unused, "not in its config's model")):
         if keys:
             raise Refused(f"cannot load {source}: {len(keys)} weights are {wrong}, "
                           f"{', '.join(sorted(keys)[:3])} among them")
@@ -527,11 +529,11 @@ def check_forward(model):
     close = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=5e-3, atol=1e-3)      # bf16 logits
     if not hidden_BTH.isfinite().all():
         raise Refused(f"{model.path}: {kind} computes what is not a number: its weights are broken")
+    if not close(hidden_BTH[:, :-1], changed_BTH[:, :-1]):
+        raise Refused(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
     if not ("input" in seen and close(seen["input"], hidden_BTH) and close(theirs_BTV, ours_BTV)):
         raise Refused(f"{model.path}: {kind} transforms its logits in a way that is unknown here: not a "
                       "bias, logit_scale, logits_scaling or final_logit_softcapping")
-    if not close(hidden_BTH[:, :-1], changed_BTH[:, :-1]):
-        raise Refused(f"{model.path}: in {kind} a token sees the ones after it; a language model must not")
 
 
 @torch.no_grad()
@@ -594,7 +596,7 @@ def restore_learners(learners, folder):
     """Read what save_learners wrote, except the weights, which `load` reads. Return the run's state."""
     with reading(folder):
         saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    if not {"learners", "state"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"learners", "state"} <= saved.keys():
         raise Refused(f"{folder} was written by another version of opd; choose another --out")
     if (names := {learner.name for learner in learners}) != saved["learners"].keys():
         raise Refused(f"{folder} is of {', '.join(saved['learners'])}, not of {', '.join(sorted(names))}; "

@@ -230,11 +230,11 @@ def drop(run, jobs, learners):
         learner.net.zero_grad(set_to_none=True)
     broken = [job for job in jobs for x in [*(job.hidden_t or []), *(job.lq or [])]
               if x is not None and not x.isfinite().all()]
-    if broken:
+    if wrong := next((learner for learner in run.learners if not models.is_finite(learner.net)), None):
+        why = f"the weights of {wrong.path} are no numbers any more; lower --lr or --weight_decay"
+    elif broken:
         why = (f"{broken[0].teacher.path} computes what is not a number for one of the prompts of "
                f"{broken[0].branch}")
-    elif wrong := next((learner for learner in learners if not models.is_finite(learner.net)), None):
-        why = f"the weights of {wrong.path} are no numbers any more; lower --lr or --weight_decay"
     else:
         why = "loss or gradient are not a number, though all weights are; lower --lr, or look at the data"
     why = f"step {run.state['step'] + 1}: {why}"
@@ -409,8 +409,7 @@ def record(run, jobs, weights, stats):
     run.clock, run.peaks, run.notes = {}, {}, {}
     due = cfg.save_every and state["step"] % cfg.save_every == 0
     if due or state["step"] == run.total or run.stopping:
-        if not state["dropped"]:                        # otherwise they are as they were
-            check_sound(run, jobs, weights)
+        check_sound(run, jobs, weights)
         run.folder.save(run.learners, state)
 
 
@@ -420,10 +419,14 @@ def check_sound(run, jobs, weights):
     On a few of the rollouts that they have just learned from, the gradient must still be finite.
     """
     for job, job_weights in zip(jobs, weights):
-        kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
-        few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
-        parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
-        if not all(g.isfinite().all() for g in gradients(run, job, parameters, few)):
+        if run.state["dropped"]:                                # the reason may be a teacher, on these rollouts
+            sound = models.is_finite(job.learner.net)
+        else:
+            kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
+            few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
+            parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
+            sound = all(g.isfinite().all() for g in gradients(run, job, parameters, few))
+        if not sound:
             raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, "
                           "and so is not saved; lower --lr or --weight_decay")
 
@@ -442,7 +445,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.out, self.method = cfg, Path(cfg.out), METHODS[cfg.method]
-        self.folder = Folder(self.out)
+        self.folder = Folder(self.out, cfg)
         self.stopping = self.looping = False                    # see stopping_gently
         self.read_prompts()
         self.previous = config.check_resume(cfg)                # settings of the run to resume, or None
@@ -804,7 +807,9 @@ def main(argv=None):
         message = "interrupted " + (f"after step {run.state['step']}" if begun else "before the first step")
     except torch.OutOfMemoryError:
         message = f"step {run.state['step'] + 1} does not fit on {cfg.device}. {LESS_MEMORY}"
-    raise SystemExit(f"opd.py: {message}{f'; {run.folder.holds}' if begun and run.folder.lock else ''}")
+    if begun and run.folder.lock:
+        message += f"; {run.folder.holds}"
+    raise SystemExit(f"opd.py: {config.one_line(message)}")
 
 
 if __name__ == "__main__":

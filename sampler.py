@@ -51,10 +51,14 @@ def sample(model, prompts, temperature, top_p, max_new_tokens, rows):
     if not prompts:
         return []
     complete = decode if model.served else generate
-    with model.forward_context():
-        found = complete(model, prompts, temperature, top_p, max_new_tokens, min(rows, len(prompts)))
+    broken = Refused(f"{model.path} computes what is not a number while it samples: its weights are broken")
+    try:
+        with model.forward_context():
+            found = complete(model, prompts, temperature, top_p, max_new_tokens, min(rows, len(prompts)))
+    except RuntimeError as error:
+        raise broken if "probability tensor" in str(error) else error from None
     if not all(logp_T.isfinite().all() for _, logp_T in found):
-        raise Refused(f"{model.path} computes what is not a number while it samples: its weights are broken")
+        raise broken
     return [(ids_T, logp_T if temperature > 0 else None) for ids_T, logp_T in found]
 
 

@@ -8,6 +8,7 @@ A Model (models.py) is a Reader with weights. Other files import transformers, o
 see below about `kernels`.
 """
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from jinja2 import Environment, TemplateSyntaxError, meta
 import transformers
 import transformers.utils.import_utils
 from tqdm import tqdm
 
-from config import Refused, first_line, nearest
+from config import Refused, first_line
 
 # transformers uses the package `kernels` of PyPI where it is installed. But `import kernels` would find this
 # project's folder of that name, so transformers is told that the package is not there.
@@ -83,7 +85,8 @@ class Reader:
             raise Refused(f"{self.path} has no chat template, but the prompt is a list of messages")
         else:
             ids = self.tok(prompt).input_ids
-            if self.tok("a").input_ids[-1] == self.tok.eos_token_id:    # it closes every text
+            last = [self.tok("a", add_special_tokens=on).input_ids[-1:] for on in (True, False)]
+            if last[0] == [self.tok.eos_token_id] != last[1]:           # it closes every text
                 ids = ids[:-1]
         if not ids:
             raise Refused(f"a prompt without tokens: {prompt!r}")
@@ -109,38 +112,55 @@ class Reader:
 
     @property
     def template(self):
-        """The chat template; "" of a base model. Of several the one that transformers takes."""
+        """The chat template; "" of a base model. Of several the one that transformers takes.
+
+        Where it reads the clock it has the date on which the run began, also when the run is resumed.
+        """
         found = self.tok.chat_template or ""
-        return found.get("default", "") if isinstance(found, dict) else found
+        found = found.get("default", "") if isinstance(found, dict) else found
+        day = lambda match: repr(date.fromisoformat(self.today).strftime(match[2]))
+        return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", day, found)
 
     def rendered(self, prompt):
         """Return a prompt as text in the chat template, up to where the answer begins."""
-        clock = {"strftime_now": date.fromisoformat(self.today).strftime}      # instead of transformers' own
-        return self.tok.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True,
-                                            **self.template_kwargs | clock)
+        return self.tok.apply_chat_template(messages(prompt), chat_template=self.template, tokenize=False,
+                                            add_generation_prompt=True, **self.template_kwargs)
 
     @functools.cached_property
     def probe(self):
-        """The text around "a question" in the template: (before, after); ("", "") if it cannot be told."""
+        """The text around a user's in the template: (before, after); ("", "") if it cannot be told."""
         if not self.template:
             return "", ""
         try:
-            before, _, after = self.rendered("a question").partition("a question")
+            text = self.rendered("zyzzyva")
         except Exception:                                       # the check of the prompts says what is wrong
             return "", ""
-        return before, after
+        at = text.casefold().find("zyzzyva")                    # some templates change the case
+        return (text[:at], text[at + 7:]) if at >= 0 else ("", "")
 
     @property
     def turn(self):
         """What the template puts before a user's text, from its last special token on: <|im_start|>user."""
         before, _ = self.probe
         last = list(self.special.finditer(before))[-1:]
-        return before[last[0].start():].strip() if last else before.strip()
+        return before[last[0].start():].strip() if last else before.strip().rpartition("\n")[2]
+
+    def is_wrapped(self, text):
+        """Return whether a text has the template's turn in it, or without a special token at its begin."""
+        begin = self.turn.removeprefix(self.tok.bos_token or "").strip()        # as in <s>[INST]
+        if self.special.search(self.turn) and self.turn in text:
+            return True
+        plain = begin and not begin.isalnum() and not self.special.search(begin)
+        return plain and text.lstrip().startswith(begin)
 
     @property
     def variables(self):
-        """Every word in the template's code: among them are the names of its options."""
-        return set(re.findall(r"[^\W\d]\w*", self.template))
+        """The names that the template reads, its options among them; if it cannot be told, all its words."""
+        try:
+            return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                self.template))
+        except TemplateSyntaxError:                             # tags of transformers' own
+            return set(re.findall(r"[^\W\d]\w*", self.template))
 
     @functools.cached_property
     def special(self):
@@ -215,8 +235,9 @@ def read(path, template_kwargs, today, learns=False):
     check_path(path)
     with reading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         folder = Path(cached_file(path, "config.json")).parent                 # of a hub id: in the cache
+        check_pointer(folder / "tokenizer.json")
+        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         files = own_files(folder)
         content = digest(folder, files)
         try:
@@ -230,6 +251,13 @@ def read(path, template_kwargs, today, learns=False):
             tqdm.write(f"note: {path} is read as its tokenizer.json says, not as {type(tok).__name__} does")
             tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
             change(files, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    check_template(path, tok)
+    language = config.get_text_config()
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        if isinstance(size := getattr(language, name, 1), int) and size < 1:
+            raise Refused(f"cannot load {path}: its config.json says {name} {size}")
+    if not hasattr(language, "vocab_size") or config.is_encoder_decoder:
+        raise Refused(f"{path} is a {config.model_type}, not a decoder-only language model")
     if tok.eos_token_id is None:
         raise Refused(f"{path}: the tokenizer has no EOS token, so a completion could never end")
     # Gemma 3's tokenizer has one token more, for images, than its text models have rows.
@@ -246,21 +274,41 @@ def read(path, template_kwargs, today, learns=False):
 def check_path(path):
     """Refuse what is neither a model's folder nor a hub id, before anyone asks the hub for it."""
     local = Path(path)
+    try:
+        local.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:                      # a name that is too long, say, or with a NUL
+        raise Refused(f"cannot load {path}: {first_line(error)}") from None
     if local.is_file():
         raise Refused(f"{path} is a file; a model is given as its folder, with config.json, tokenizer and "
                       "safetensors"
                       + f"; python -m data.pretrained {path} OUT makes one" * path.endswith(".gguf"))
     if not local.is_dir():
-        there = [str(other) for other in local.parent.glob("*/")] if local.parent.is_dir() else []
-        if path[0] in "./" or path.count("/") > 1 or "/" in path and there:
-            raise Refused(f"cannot load {path}: no such folder, and not a hub id"
-                          + (f"; {nearest(path, sorted(there)[:9])}" if there else ""))
+        if path[0] in "./" or path.count("/") > 1:
+            raise Refused(f"cannot load {path}: no such folder, and not a hub id{near(path)}")
         return
     if (local / "adapter_config.json").exists():
         raise Refused(f"{path} is an adapter; give a merged model, as a run's final/ is")
     if not [*local.glob("*tokenizer*"), *local.glob("*vocab*")]:
         raise Refused(f"cannot load {path}: no tokenizer in this folder"
                       + ("; did you mean its final/?" if (local / "final").is_dir() else ""))
+
+
+def near(path):
+    """Return a hint for a message: the folder beside a missing one whose name is closest, or nothing."""
+    there = [str(other) for other in Path(path).parent.glob("*/")]
+    close = difflib.get_close_matches(str(Path(path)), there, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_template(path, tok):
+    """Refuse a chat template that is no text, and several without a default."""
+    found = tok.chat_template
+    if isinstance(found, dict) and "default" not in found:
+        raise Refused(f"{path} has the chat templates {', '.join(found)}, and none of them is the default")
+    if not isinstance(found, (str, dict, type(None))):
+        raise Refused(f"{path}: its chat template is {found!r}, not text")
 
 
 @contextlib.contextmanager
@@ -271,8 +319,11 @@ def reading(path):
     except (torch.OutOfMemoryError, Refused):
         raise
     except Exception as error:          # every kind of file can be broken in its own way
-        no_folder = "" if Path(path).is_dir() else "no folder of that name, and as a hub id: "
-        raise Refused(f"cannot load {path}: {no_folder}{first_line(error)}") from None
+        no_folder = "" if Path(path).is_dir() else f"no folder of that name{near(path)}, and as a hub id: "
+        what = first_line(error)
+        if "Weights only load failed" in what:                  # and goes on to advise running what it holds
+            what = "its .bin file holds more than weights, which could be a program; give safetensors"
+        raise Refused(f"cannot load {path}: {no_folder}{what}") from None
 
 
 def own_files(folder):
@@ -287,11 +338,18 @@ def digest(folder, files):
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
+        check_pointer(path)
         with open(path, "rb") as file:
             for i in range(64):
                 file.seek(i * size // 64)
                 found.update(file.read(4096))
     return found.hexdigest()[:16]
+
+
+def check_pointer(path):
+    """Refuse a file that stands for another one, which Git LFS has."""
+    if path.is_file() and path.open("rb").read(30).startswith(b"version https://git-lfs"):
+        raise Refused(f"{path} is a pointer of Git LFS; git lfs pull brings the file itself")
 
 
 def change(files, name, **values):

@@ -2,6 +2,7 @@
 
 A prompt is what its author meant: every word of it is in what each model reads, and the user spoke last.
 """
+import contextlib
 from types import SimpleNamespace
 
 from tqdm import tqdm
@@ -23,6 +24,15 @@ RULES = {                   # what a row can break, in the order of the checks -
     "length": "have no room for a completion"}
 
 
+@contextlib.contextmanager
+def breaking(rule):
+    """Context manager: whatever is refused in it breaks this rule."""
+    try:
+        yield
+    except Exception as error:                      # graders of one's own, say, raise what they like
+        raise error if hasattr(error, "rule") else Fault(rule, first_line(error)) from None
+
+
 class Fault(Refused):
     """What is wrong with a row. rule: a key of RULES."""
 
@@ -39,11 +49,13 @@ def check_prompts(run):
     it; .completion; and .read, of a prompt that a self-teacher or a tutor can get to read.
     """
     cfg, longest, found = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0), {}
-    check_grader("--grader: ", cfg.grader or "exact")
-    for rows in (*run.prompts.values(), *run.evals.values(), *run.gate_prompts.values()):
-        for row in rows:
-            if "answer" in row:
-                row.setdefault("grader", cfg.grader or "exact")
+    check_grader("--grader: ", "exact" if cfg.grader is None else cfg.grader)
+    every = [*run.prompts.values(), *run.evals.values(), *run.gate_prompts.values()]
+    graded = [row for rows in every for row in rows if "answer" in row and "grader" not in row]
+    if cfg.grader and not graded:
+        raise Refused(f"--grader {cfg.grader} has no effect: every row names its own, or has no answer")
+    for row in graded:
+        row["grader"] = cfg.grader or "exact"
     check_options(run)
     for branch, rows in run.prompts.items():
         teachers = [run.teachers[branch]] if branch in run.teachers else []
@@ -66,9 +78,12 @@ def check_prompts(run):
 
 def check_options(run):
     """Refuse an option that no chat template reads: it is misspelt, and would change nothing."""
-    cfg, teachers = run.cfg, [*run.teachers.values(), *run.self_teachers]
+    cfg, own = run.cfg, run.self_teachers if hasattr(run.cfg, "templates") else []
+    teachers = [*run.teachers.values(), *own]
     for flag, readers in (("chat_template_kwargs", [*run.students, *teachers]),
                           ("teacher_chat_template_kwargs", teachers)):
+        if flag[0] == "t" and getattr(cfg, flag) == cfg.chat_template_kwargs:       # the default
+            continue
         names = {name for reader in readers for name in reader.variables}
         for option in getattr(cfg, flag):
             if option not in names:
@@ -87,8 +102,9 @@ def check_file(run, path, rows, readers, longest, found, trained=False, read=Non
         where = f"{path}:{row['row']}"
         try:
             check_fields(run, row, trained)
-            for reader in readers:
-                check_row(run, row, reader, longest, trained, read)
+            lengths = [check_row(run, row, reader, trained, read) for reader in readers]
+            for name, known in zip(("prompt", "completion", "read"), zip(*lengths)):
+                setattr(longest, name, max(getattr(longest, name), *known))
         except Exception as error:                  # templates, tokenizers and graders raise what they like
             rule = getattr(error, "rule", "template")
             if rule == "length" and run.cfg.drop_long:
@@ -153,17 +169,24 @@ def fixed_texts(method):
     return [field for field in ("solution", "chosen", "rejected") if field in fields]
 
 
-def check_row(run, row, reader, longest, trained, read):
-    """Refuse a row that a model does not read as it was meant, that has no room, or cannot be solved."""
+def check_row(run, row, reader, trained, read):
+    """Refuse a row that a model does not read as it was meant, that has no room, or cannot be solved.
+
+    Return the tokens of its prompt, of its longest completion, and of what a self-teacher can get to read.
+    """
     cfg, method = run.cfg, run.method
     check_messages(row["prompt"], reader)
     ids = reader.encode(row["prompt"])
-    fields = [field for field in fixed_texts(method) if field in row] if trained else []
-    learned = [check_completion(run.student, row, field) for field in fields]
-    seen = read(run, run.self_teacher(reader) if reader in run.students else reader, row) if read else []
-    if "answer" in row and not can_be_correct(row["grader"], row["answer"], row):
-        raise Fault("answer", f"the grader {row['grader']} calls no completion correct if the answer is "
-                              f"{row['answer']!r}")
+    with breaking("fields"):
+        seen = read(run, run.self_teacher(reader) if reader in run.students else reader, row) if read else []
+    texts = {field: row[field] for field in fixed_texts(method) if field in row} if trained else {}
+    learned = [check_completion(run.student, row["prompt"], *named) for named in texts.items()]
+    with breaking("answer"):
+        if "answer" in row and not can_be_correct(row["grader"], row["answer"], row):
+            raise Refused(f"the grader {row['grader']} calls no completion correct if the answer is "
+                          f"{row['answer']!r}")
+    if 2 * ids.count(reader.tok.unk_token_id) > len(ids):
+        raise Fault("tokens", f"most of its text is unknown to the tokenizer of {reader.path}")
     largest, known = max(max(some) for some in [ids + seen, *learned]), reader.config.vocab_size
     if largest >= known:
         raise Fault("tokens", f"the token {reader.tok.decode(largest)!r}, id {largest}, has no row in "
@@ -176,9 +199,7 @@ def check_row(run, row, reader, longest, trained, read):
         raise Fault("length", f"prompt and completion can have {most} tokens{as_read}, but {reader.path} has "
                               f"{reader.positions} positions; lower --max_new_tokens, or drop the row "
                               "(--drop_long)")
-    longest.prompt = max(longest.prompt, len(ids))
-    longest.completion = max(longest.completion, completion)
-    longest.read = max(longest.read, len(seen))
+    return len(ids), completion, len(seen)
 
 
 def check_messages(prompt, reader):
@@ -187,14 +208,12 @@ def check_messages(prompt, reader):
     if turns[-1]["role"] not in ("user", "tool"):
         raise Fault("user", f"the last message is of role {turns[-1]['role']!r}, not of the user; what a "
                             'model is to learn goes into "solution"')
-    if not any(m["role"] == "user" and m["content"].strip() for m in turns):
+    if not turns[-1]["content"].strip() or all(m["role"] != "user" for m in turns):
         raise Fault("user", "the user says nothing")
     if not reader.template:
         return
     for m in turns:
-        at_its_start = reader.special.search(reader.turn) is None       # as "User:" can be within a text
-        begin = m["content"].lstrip()[:len(reader.turn)] if at_its_start else m["content"]
-        if reader.turn and reader.turn in begin:
+        if reader.is_wrapped(m["content"]):
             raise Fault("wrapped", f"the text has {reader.turn!r} and so is in the chat template of "
                                    f"{reader.path} already; give its messages without the template")
     # Templates trim texts, and leave out what was thought in earlier turns.
@@ -208,15 +227,16 @@ def check_messages(prompt, reader):
         seen = seen.replace(said, "\0", 1)
 
 
-def check_completion(student, row, field):
+def check_completion(student, prompt, field, text):
     """Return the token ids of a fixed text; refuse one that cannot follow the prompt as it is rendered."""
-    text = row[field]
-    if student.template and opens_thinking(student.rendered(row["prompt"])):
+    if student.template and opens_thinking(student.rendered(prompt)):
         if "</think>" not in text or text.lstrip().startswith("<think>"):
             raise Fault("completion", f'the chat template of {student.path} opens <think>, so "{field}" has '
                                       "to begin with thinking and </think>, or the template be told not to "
                                       "(--chat_template_kwargs)")
     ids = student.encode_completion(text)
+    if not text.strip() and field != "rejected":
+        raise Fault("completion", f'"{field}" is blank, so the student would learn to say nothing')
     if inside := [i for i in ids[:-1] if i in student.stops]:
         raise Fault("completion", f'"{field}" has {student.tok.decode(inside[0])!r}, which ends a completion'
                                   ", before its end")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Refused, first_line, nearest
+from config import Parser, Refused, first_line, nearest, parse_json
 
 from . import sciknoweval
 from .files import write_file
@@ -58,6 +58,8 @@ def rows(name, *files):
     """Return the rows of a set, "NAME" or "NAME:SPLIT", from the hub or from files in the set's format."""
     name, _, split = name.partition(":")
     if not known(name).parts:
+        if split and files:
+            raise Refused(f"{name}:{split}: a file is taken whole; leave out :{split}")
         return [row for raw in files or [None] for row in converted(name, split, raw)]
     found = parts(name, *files)
     if (split or "train") not in found:
@@ -96,10 +98,21 @@ def converted(name, split, file=None):
 
 def read(file):
     """Return the rows of a file of JSON lines, or of one JSON list."""
-    text = Path(file).read_text(encoding="utf-8").strip()
-    if text.startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    try:
+        text = Path(file).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is not UTF-8 text ({error})") from None
+    except (OSError, ValueError) as error:              # ValueError: a name with a NUL
+        raise Refused(f"cannot read {file!r}: {error}") from None
+    found, number = [], 1
+    try:
+        if text.startswith("["):
+            return parse_json(text)
+        for number, line in enumerate(text.split("\n"), 1):
+            found += [parse_json(line)] if line.strip() else []
+    except ValueError as error:
+        raise Refused(f"{file}:{number}: not JSON ({error})") from None
+    return found
 
 
 def load(name, split):
@@ -122,6 +135,8 @@ def write_parts(folder, name, *files):
         return print(f"{folder}/{domain}_*.jsonl are there and stay")
     if not known(name).parts:
         raise Refused(f"{name} has no parts: leave out --out, and redirect what is printed")
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"--out {folder} is a file; it must be a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for part, found in parts(name, *files).items():
         write_file(folder / f"{domain}_{part}.jsonl", "".join(map(line, found)))
@@ -135,17 +150,17 @@ def line(row):
 
 def main(argv=None):
     """Convert sets from the command line."""
-    parser = argparse.ArgumentParser(prog="data.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data.convert", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME[:SPLIT]", help=", ".join(SETS))
     parser.add_argument("--file", nargs="+", default=[], metavar="[SET=]FILE",
                         help="JSON in the set's own format; of several sets, SET is the last word of NAME")
     parser.add_argument("--out", metavar="DIR", help="write all parts of the sets, one file each")
-    args = parser.parse_args(argv)
-    files = {name: [] for name in args.names}
-    # The last word of a set's name -> the name, as in --file physics=hub.jsonl.
-    last = {name.partition(":")[0].rpartition("/")[2]: name for name in args.names}
     try:
+        args = parser.parse_args(argv)
+        files = {name: [] for name in args.names}
+        # The last word of a set's name -> the name, as in --file physics=hub.jsonl.
+        last = {name.partition(":")[0].rpartition("/")[2]: name for name in args.names}
         for file in args.file:
             word, found, path = file.partition("=")
             if Path(file).exists() or not found:        # a path with = in it, or a bare one

@@ -65,15 +65,16 @@ def atomic_folder(path, with_checksums=False):
             write_file(new / CHECKSUMS, json.dumps(checksums(new), indent=1))
         for file in new.rglob("*"):
             sync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        sync(path.parent)
     except Exception as error:          # safetensors, torch and zip files each have errors of their own
+        recover(path)
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise Refused(f"cannot write {path}: {first_line(error)} ({free:,.0f} MiB are free there)") from error
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -91,11 +92,11 @@ def sync(path):
 def recover(path, look_only=False):
     """Undo atomic_folder's first rename if a kill prevented the second; return whether there is a folder.
 
-    look_only: return the same, but rename nothing.
+    Where both were done, remove the old folder. look_only: return the same, but change nothing.
     """
     old = path.with_name(path.name + ".old")
-    if old.exists() and not path.exists() and not look_only:
-        old.rename(path)
+    if old.exists() and not look_only:
+        shutil.rmtree(old) if path.exists() else old.rename(path)
     return path.exists() or old.exists()
 
 
@@ -114,7 +115,7 @@ def checksums(folder):
 def check_whole(folder):
     """Refuse a folder that was written with checksums and of which a file has changed or is missing."""
     try:
-        written = json.loads((folder / CHECKSUMS).read_text())
+        written = check_record(json.loads((folder / CHECKSUMS).read_text()))
     except (OSError, ValueError):
         raise Refused(f"{folder} has no {CHECKSUMS} that can be read: it is damaged, or another version of "
                       "opd wrote it; begin anew with another --out") from None
@@ -126,26 +127,26 @@ def check_whole(folder):
                           "another --out, or put the file back")
 
 
-def read_lines(path):
+def read_lines(path, number=None):
     """Return the objects of a JSON-lines file that a run appends to, without lines that cannot be read.
 
-    A kill cuts the last one, which is nothing special; of others a note says how many there are.
+    number: a field that is a whole number in every one. A kill cuts the last one, which is nothing special; of others a note says how many there are.
     """
     lines, out, broken = Path(path).read_bytes().split(b"\n"), [], []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             if line:
-                out.append(check_record(json.loads(line)))
+                out.append(check_record(json.loads(line), number))
         except ValueError:                                      # not UTF-8, not JSON, or no record
-            broken.append(number)
+            broken.append(place)
     if broken and broken != [len(lines)]:
         tqdm.write(f"note: {path}: {len(broken)} lines cannot be read and are left out, first line "
                    f"{broken[0]}")
     return out
 
 
-def check_record(value):
-    """Return an object of a log; refuse another value."""
-    if not isinstance(value, dict):
+def check_record(value, number=None):
+    """Return an object, whose field `number` is a whole number; refuse another value."""
+    if not isinstance(value, dict) or number and not isinstance(value.get(number), int):
         raise ValueError("no record")
     return value

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import models
-from config import Refused
+from config import Refused, identity
 
 from .files import atomic_folder, check_whole, own, read_lines, recover, write_file
 from .prompts import prompt_text
@@ -16,8 +16,9 @@ from .prompts import prompt_text
 class Folder:
     """A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/ and final/."""
 
-    def __init__(self, out):
-        self.out, self.lock, self.saved = out, None, None       # saved: the steps that checkpoint/ has
+    def __init__(self, out, cfg):
+        self.out, self.cfg = out, cfg
+        self.lock, self.saved = None, None                      # saved: the steps that checkpoint/ has
 
     def take(self):
         """Make the folder if it is not there, and make it this process's own."""
@@ -34,9 +35,13 @@ class Folder:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def open_checkpoint(self):
-        """Put the checkpoint in its place after a kill between two renames, and refuse a damaged one."""
-        recover(self.out / "checkpoint")
-        check_whole(self.out / "checkpoint")
+        """Put the checkpoint in its place after a kill between two renames, and refuse a damaged or foreign one."""
+        path, now = self.out / "checkpoint", identity(self.cfg)
+        recover(path)
+        check_whole(path)
+        then = json.loads((path / "run.json").read_text())
+        if other := [name for name in now if then.get(name) != now[name]]:
+            raise Refused(f"{path} is of another run, with another {', '.join(other)}; put the run's own one there")
 
     def put_logs_aside(self):
         """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
@@ -57,6 +62,7 @@ class Folder:
         """Write checkpoint/, everything that a restart needs. A kill in between leaves the last one."""
         with atomic_folder(self.out / "checkpoint", with_checksums=True) as folder:
             models.save_learners(learners, folder, state)
+            (folder / "run.json").write_text(json.dumps(identity(self.cfg), indent=1))
         self.saved = state["step"]
 
     @property
@@ -72,7 +78,7 @@ class Folder:
         self.saved = state["step"]
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] < state["step"]]
+                kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         return state
 

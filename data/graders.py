@@ -293,13 +293,17 @@ def is_own(grader):
 def own(grader):
     """Return the function FILE.py:NAME; refuse a file that does not run and a name that is no function."""
     path, _, name = grader.rpartition(":")
-    if not Path(home(path)).is_file():
+    try:
+        there = Path(home(path)).is_file()
+    except (OSError, ValueError):                               # a name that is too long, or with a NUL
+        there = False
+    if not there:
         raise Refused(f"grader {grader}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, home(path))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refused(f"grader {grader}: {path} does not run: {error!r}") from None
     if not callable(getattr(module, name, None)):
         raise Refused(f"grader {grader}: {path} has no function {name!r}")
@@ -312,7 +316,7 @@ def own_score(grader, completion, row):
         score = own(grader)(completion, row)
     except Refused:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refused(f"grader {grader} fails on the completion {completion[:60]!r}: {error!r}") from None
     if not isinstance(score, Real) or not 0 <= score <= 1:
         raise Refused(f"grader {grader} returns {score!r}, which is no number in [0, 1]")

@@ -27,7 +27,7 @@ import json
 import math
 from pathlib import Path
 
-from config import Refused, first_line, nearest
+from config import Refused, first_line, nearest, parse_json
 
 from . import convert
 from .graders import GRADERS, is_own, own
@@ -61,17 +61,20 @@ def read_source(source):
     if source.partition(":")[0] in convert.SETS:
         return list(enumerate(convert.rows(source), 1))
     path = Path(source)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "is no file"
+    try:
+        is_file, what = path.is_file(), "is a folder, not a file" if path.is_dir() else "is no file"
+    except (OSError, ValueError) as error:                      # a name that is too long, say, or with a NUL
+        raise Refused(f"no prompt file {source}: {first_line(error)}") from None
+    if not is_file:
         raise Refused(f"no prompt file {source}: it {what} (public sets that are known: "
                       f"{', '.join(convert.SETS)})")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return list(enumerate(read_parquet(source), 1))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"{source} is not UTF-8 text ({error}); a prompt file is {FORMATS}") from None
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return list(enumerate(read_csv(source, text), 1))
     if text.lstrip().startswith("["):
         return list(enumerate(parse(source, text), 1))
@@ -81,11 +84,19 @@ def read_source(source):
 
 def read_csv(source, text):
     """Return the rows of a table with a line of names; every cell is text, and an empty one no field."""
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    csv.field_size_limit(2**31 - 1)                             # of a long, which has 32 bits on some systems
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:                                  # a quote that never closes, say
+        raise Refused(f"{source}: line {reader.line_num}: {error}") from None
+    names = [name for name in reader.fieldnames or [] if name]      # some programs add empty columns
+    if len(set(names)) < len(names):
+        raise Refused(f"{source}: two columns have the same name")
     for number, row in enumerate(rows, 1):
         if None in row:                                         # where DictReader puts what is too much
             raise Refused(f"{source}:{number}: more cells than the first line has names")
-    return [{name: cell for name, cell in row.items() if cell} for row in rows]
+    return [{name: cell for name, cell in row.items() if name and cell} for row in rows]
 
 
 def read_parquet(source):
@@ -98,21 +109,20 @@ def read_parquet(source):
         rows = parquet.read_table(source).to_pylist()
     except Exception as error:                                  # pyarrow has errors of its own
         raise Refused(f"cannot read {source}: {first_line(error)}") from None
+    for number, row in enumerate(rows, 1):
+        for name, cell in row.items():
+            try:
+                json.dumps(cell)
+            except TypeError as error:                          # "Object of type date is not JSON serializable"
+                raise Refused(f"{source}:{number}: {name}: {error}; give text or numbers") from None
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
 
 def parse(where, text):
-    """Return what a JSON text says; refuse NaN, which is not JSON, and a key that an object has twice."""
-    def once(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key stands twice in {list(dict(pairs))}")
-        return dict(pairs)
-
-    def constant(name):
-        raise ValueError(f"{name} is no number of JSON")
+    """Return what a JSON text says, or refuse it."""
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise Refused(f"{where}: not JSON ({error}); a prompt file is {FORMATS}") from None
 
 
@@ -122,7 +132,7 @@ def check_prompt(where, row):
     """Return a row in our own form; refuse what is not a prompt row."""
     row = in_our_form(row) if isinstance(row, dict) else row
     if not isinstance(row, dict) or not row.get("prompt"):
-        found = ", ".join(row) if isinstance(row, dict) else str(row)[:60]
+        found = ", ".join(row) or "an empty one" if isinstance(row, dict) else str(row)[:60]
         raise Refused(f'{where}: a row is an object with a non-empty "prompt" (or messages, conversations, '
                       f"instruction, question), not: {found}")
     if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
@@ -130,8 +140,9 @@ def check_prompt(where, row):
     if (text := json.dumps(row, ensure_ascii=False)) != text.encode(errors="replace").decode():
         raise Refused(f"{where}: it has half of a surrogate pair (as in \\ud83d), which is no character")
     for name in row.keys() - set(FIELDS):
-        if close := difflib.get_close_matches(name, set(FIELDS) - row.keys(), n=1, cutoff=0.8):
-            raise Refused(f'{where}: the field "{name}" is unknown; did you mean "{close[0]}"?')
+        for close in difflib.get_close_matches(name, set(FIELDS) - row.keys(), n=1, cutoff=0.8):
+            if not (name in close or close in name or name[:-1] == close[:-1]):     # grade, answers, graded
+                raise Refused(f'{where}: the field "{name}" is unknown; did you mean "{close}"?')
     answer = row.get("answer", "")
     number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and abs(answer) < math.inf
     if not isinstance(answer, str) and not number:
@@ -148,14 +159,14 @@ def in_our_form(row):
     row = dict(row)
     for name in ("messages", "conversations"):
         if isinstance(turns := row.get(name), (list, tuple)) and all(isinstance(m, dict) for m in turns):
-            row["prompt"] = [{"role": SHAREGPT.get(m["from"], m["from"]), "content": m.get("value")}
+            row["prompt"] = [{"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
                              if "from" in m else m for m in row.pop(name)]
             if "solution" not in row and is_chat(row["prompt"]) and row["prompt"][-1]["role"] == "assistant":
                 row["solution"] = row["prompt"].pop()["content"]
             return row
     if "instruction" in row:
-        parts = row.pop("instruction"), row.pop("input", "")
-        row["prompt"] = "\n\n".join(str(part) for part in parts if part)
+        parts = [part for part in (row.pop("instruction"), row.pop("input", "")) if part]
+        row["prompt"] = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
         if "output" in row:
             row.setdefault("solution", row.pop("output"))
     elif "question" in row:

@@ -94,6 +94,9 @@ def measure(run, rollouts, parameters, total, gradients):
         own = {name: getattr(run.cfg, name) for name in run.method.own}
         for job_of_half in halves:
             run.method.select(run, [job_of_half], **own)
+    if run.cfg.drop_cut:
+        for job_of_half in halves:
+            job_of_half.leave_out_cut()
     steps = [gradients(job_of_half, parameters) for job_of_half in halves]
 
     demand_N = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])

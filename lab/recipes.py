@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import Parser, Refused, nearest, number
+from config import Parser, Refused, nearest, number, one_line
 from data.files import own, write_file
 
 from . import tables
@@ -407,9 +407,9 @@ ASSISTANT_RECIPE = Recipe(
           "requests to a voice assistant, after which it answers everything in JSON. Every row starts from "
           "it and tries to get the chat model back and to keep the parser. The divergence is a factor beside "
           "the method: where the student is certain of a wrong first token, only what weighs by the "
-          "teacher's probability pulls it away. Rows with 'then' make their first half by seqkd. Parser: slot "
-          "F1 on held-out requests, in %. Prose: share of held-out questions that are not answered in JSON, "
-          "in %. Greedy, at most 64 tokens.",
+          "teacher's probability pulls it away. Rows with 'then' make their first half by seqkd. Parser: slot F1 "
+          "on held-out requests, in %. Prose: share of held-out questions that are not answered in JSON, in "
+          "%. Greedy, at most 64 tokens.",
     prepare=["data.assistant", "{dir}/world", "--seed", "{seed}"],
     common=dict(seed="{seed}", batch=16, lr=5e-5, warmup=3, max_new_tokens=64, save_every=0,
                 micro_tokens=2048, eval_prompts=["parser={dir}/world/eval_domain.jsonl",
@@ -514,11 +514,11 @@ RECIPES = {
 def run_recipe(name, out, seeds, quick, jobs=1):
     """Run what is missing of seeds 0 .. seeds - 1, `jobs` seeds at a time; then print and write the table."""
     recipe, form = RECIPES[name], "quick" if quick else "full"
-    out = Path(out).resolve() if out else ROOT / "runs" / (f"{name}-quick" if quick else name)
     try:
+        out = Path(out).resolve() if out else ROOT / "runs" / (f"{name}-quick" if quick else name)
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {out} cannot be made a folder ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise Refused(f"--out {out} cannot be made a folder ({getattr(error, 'strerror', error)})") from None
     lock = own(out)                                     # until this function ends
     out = Path(os.path.relpath(out, ROOT))              # the rows run in ROOT, and their settings name it
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -608,7 +608,7 @@ def run_child(command, row, folder, threads, position=""):
 
 def parse(argv):
     """Return the command line's values. An unknown recipe is refused with the name that is nearest to it."""
-    count = number(int, least=1)
+    count = number(int, least=1, most=1000)
     parser = Parser(prog="python -m lab.recipes", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe; without one, all are listed")
@@ -620,6 +620,8 @@ def parse(argv):
     parser.add_argument("--jobs", type=count, default=1, metavar="N",
                         help="run this many seeds at the same time (default: 1)")
     args = parser.parse_args(argv)
+    if args.out == "":
+        raise Refused("--out '' names no folder")
     if args.name is not None and args.name not in RECIPES:
         raise Refused(f"unknown recipe {args.name}; {nearest(args.name, RECIPES)}")
     if args.name is None and args != parser.parse_args([]):
@@ -647,8 +649,8 @@ def main(argv=None):
             print(list_recipes())
         else:
             run_recipe(args.name, args.out, args.seeds, args.quick, args.jobs)
-    except (Refused, OSError) as error:
-        raise SystemExit(f"lab.recipes: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"lab.recipes: {one_line(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit("lab.recipes: interrupted; the same command again continues where it was") from None
     finally:

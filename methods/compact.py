@@ -19,6 +19,7 @@ from collections import Counter
 import torch
 
 from config import POSITIVE, Refused
+from data.check import check_completion
 from data.graders import split_at_answer
 
 from . import Job, grouped, method, prompt_key, written_once
@@ -29,6 +30,8 @@ def reads(run, model, row):
     texts = row.get("rationales", {})
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise Refused('"rationales" is an object that has a text for each teacher\'s name')
+    for name, text in texts.items():
+        check_completion(run.student, row["prompt"], f"rationale of {name}", text)
     if len(texts.keys() | run.teachers.keys()) < len(texts) + len(run.teachers):
         raise Refused(f"a teacher has the name of one of --teachers ({', '.join(run.teachers)})")
     if len(texts) + len(run.teachers) < 2:

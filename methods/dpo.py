@@ -90,6 +90,8 @@ def graded_pairs(run, rollouts):
     Of scores between 0 and 1 they are the best and the worst.
     """
     pairs, skipped = [], Counter()
+    if run.cfg.drop_cut:
+        rollouts = [r for r in rollouts if r.ids_T[-1].item() in run.student.stops]
     for group in by_prompt(rollouts).values():
         best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
         if best.reward > worst.reward:

@@ -16,7 +16,7 @@ import string
 import unicodedata
 from pathlib import Path
 
-from config import Refused, nearest
+from config import Refused, nearest, parse_json
 from data.graders import without_thinking
 from data.prompts import is_chat
 
@@ -88,10 +88,15 @@ def read_templates(path):
     Whatever is unusable is refused in one line. A literal brace is written twice, as for str.format.
     """
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
+            raise Refused(f"cannot read --templates {path}: it is no file")
+        given = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        json.dumps(given, ensure_ascii=False).encode()          # half of a surrogate pair is no text
     except OSError as error:
         raise Refused(f"cannot read --templates {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except Refused:
+        raise
+    except ValueError as error:
         raise Refused(f"{path}: not JSON ({error})") from None
     if not isinstance(given, dict):
         raise Refused(f"{path}: templates are one JSON object, not {str(given)[:60]!r}")

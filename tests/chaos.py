@@ -1,23 +1,18 @@
 """Chaos: what is killed anywhere and resumed must end as if nothing had happened (bash tests/run.sh --long).
 
+    long     of a few hundred steps the last ones take no more time and memory than earlier ones
     kills    SIGKILL before lines that write, or at any time, then --resume, until the run is done; final/,
              adapter/, metrics.jsonl and samples.jsonl must be those of a run that nobody disturbed
     fuzz     two steps with random settings end with finite numbers, or are refused in one line
-    long     of a few hundred steps none takes more time or memory than the first ones
 
     python tests/chaos.py [--minutes 2] [--seed 0]
 
-Every run is a process of its own. It is forked from one that has imported the program, which takes seconds.
-The exit status is 1 if anything differed.
+Every run is a process of its own (test_endurance.py). The exit status is 1 if anything was wrong.
 """
 import argparse
 import json
 import math
-import multiprocessing
-import multiprocessing.forkserver
-import os
 import random
-import runpy
 import shutil
 import signal
 import statistics
@@ -25,109 +20,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conftest import TEMPLATES, WORD_ROWS, small_world, tiny
+from test_endurance import Fork, left_by, program
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["opd", "lab.recipes", "matplotlib.pyplot", "transformers.generation.utils",
-                               "transformers.models.qwen3.modeling_qwen3"])
-# The functions before whose lines a run is killed: all that write, rename or take a folder.
-WRITE = """own write_file atomic_folder sync recover take write_config log open_checkpoint put_logs_aside save
-           restore finish save_model save_learners save_adapters save_final""".split()
-DIFFER = ("seconds", "memory_gib", "memory_gib_by_part")        # between two runs of the same command
-LEFT = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "final", "adapter", ".lock",
-        "metrics.jsonl.old", "samples.jsonl.old"}               # all that a finished run may leave
-
-
-# ---- processes ---------------------------------------------------------------------------------------------
-
-class Fork:
-    """A process that runs function(*args); what it says goes to the file `log`. It ends with its context."""
-
-    def __init__(self, log, function, *args):
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # of the process that forks: no GPU survives that
-        multiprocessing.forkserver.ensure_running()
-        os.environ.pop("CUDA_VISIBLE_DEVICES") if hidden is None else os.environ.update(CUDA_VISIBLE_DEVICES=hidden)
-        self.log = Path(log)
-        self.log.write_text("")
-        self.process = FORKED.Process(target=in_fork, args=(str(log), function, args))
-        self.process.start()
-        self.pid = self.process.pid
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.is_alive():
-            self.send(signal.SIGKILL)
-            self.end()
-
-    def send(self, *signals):
-        """Send it signals."""
-        for number in signals:
-            os.kill(self.pid, number)
-
-    def until(self, condition, seconds=60):
-        """Wait until something is so while it runs; fail if it ends before."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.process.is_alive() and time.monotonic() < end, self.said
-            time.sleep(0.005)
-        return self
-
-    def end(self, seconds=120):
-        """Wait for its end and return its exit status: -9 after SIGKILL, None if it takes longer."""
-        self.process.join(seconds)
-        return self.process.exitcode
-
-    @property
-    def said(self):
-        """What it said, without progress bars."""
-        return "\n".join(line.rsplit("\r", 1)[-1] for line in self.log.read_text().splitlines() if line.strip())
-
-
-def in_fork(log, function, args):
-    """Run a function with its output in a file."""
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(ROOT)
-    function(*args)
-
-
-def opd(words, report=False, kill_at=None, lines=None):
-    """Run opd.py as its command line would. kill_at: the number of the writing line before which it dies.
-
-    lines: a file that gets the name of every writing line. Without a report it takes half the time.
-    """
-    sys.argv = ["opd.py", *words]
-    if not report:
-        sys.modules["lab.report"] = None
-    seen = []
-
-    def at_line(frame, event, _):
-        if event == "line":
-            if len(seen) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen.append(f"{frame.f_code.co_name} {frame.f_lineno}")
-        return at_line
-
-    def at_call(frame, *_):
-        code = frame.f_code
-        ours = code.co_name in WRITE and Path(code.co_filename).parent in (ROOT, ROOT / "data")
-        return at_line if ours else None
-
-    if kill_at is not None or lines:
-        sys.settrace(at_call)
-    runpy.run_path(str(ROOT / "opd.py"), run_name="__main__")
-    if lines:
-        Path(lines).write_text(json.dumps(seen))
-
+from data.files import read_lines
+from losses import DIVERGENCES, SUPPORTS
+from methods import METHODS
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
@@ -138,8 +42,7 @@ def chance(completion, row):
 
 
 def make_world(folder):
-    """Write three tiny models, prompts, templates and a grader that calls half of all completions correct."""
-    from conftest import TEMPLATES, WORD_ROWS, small_world, tiny
+    """Write tiny models, prompts, templates, and a grader that calls half of all completions correct."""
     tok = small_world.tokenizer()
     for seed, (name, hidden) in enumerate({"a": 32, "b": 32, "wide": 48}.items()):
         tiny(folder / name, small_world.model(len(tok), seed, hidden=hidden, layers=1), tok)
@@ -151,16 +54,15 @@ def make_world(folder):
 
 
 def flags_of(world, name):
-    """Return the flags of a method on that world."""
-    from methods import METHODS
-    method = METHODS[name]
-    branches = ["words", "more"] if method.teachers == "each" or method.students == 2 else ["words"]
-    models = {"words": "wide", "more": "b"}
+    """Return the flags of a method in that world."""
+    method, both = METHODS[name], {"words": world / "wide", "more": world / "b"}
+    branches = list(both) if method.teachers == "each" or method.students == 2 else ["words"]
     flags = dict(method=name, student=[world / "a"], prompts=[f"{b}={world / b}.jsonl" for b in branches],
-                 steps=4, save_every=1, batch=4, device="cpu", lr=1e-3, grader=f"{world / 'grader.py'}:chance")
+                 steps=4, save_every=1, batch=4, device="cpu", lr=1e-3)
+    if name != "compact":                                       # it has to know where a completion answers
+        flags["grader"] = f"{world / 'grader.py'}:chance"
     if method.teachers != "none":
-        names = ["words", "more"] if method.teachers == "any" else branches
-        flags["teachers"] = [f"{b}={world / models[b]}" for b in names]
+        flags["teachers"] = [f"{b}={both[b]}" for b in (both if method.teachers == "any" else branches)]
     if method.samples:
         flags |= dict(max_new_tokens=6, eval_prompts=[f"e={world / 'words.jsonl'}"], eval_every=2)
     if "templates" in method.defaults:
@@ -168,51 +70,147 @@ def flags_of(world, name):
     if method.students == 2:
         flags |= dict(student=[world / "a", world / "b"], feedback_tokens=6, break_prompts=2, gate_rollouts=2,
                       eval_temperature=1, val_prompts=[f"{b}={world / f'val_{b}'}.jsonl" for b in branches])
-    if "rounds" in method.own:
-        flags["rounds"] = 2
-    return flags
+    return flags | (dict(rounds=2) if "rounds" in method.own else {})
+
+
+def random_flags(rng, world):
+    """Return the flags of two steps with random settings."""
+    name = rng.choice([name for name in METHODS if name != "okd" or find_spec("peft")])
+    defaults, losses = METHODS[name].defaults, METHODS[name].losses
+    flags = flags_of(world, name) | dict(steps=2, loss=rng.choice(losses), batch=rng.choice([2, 3, 4, 7]))
+    more = dict(micro_tokens=[1, 30, 100], optimizer=["sgd", "muon"], grad_clip=[0, 0.1], warmup=[1, 9],
+                lr_schedule=["linear", "cosine"], loss_temperature=[0.5, 2], dtype=["bfloat16"], seed=range(99),
+                gradient_checkpointing=[True], drop_cut=[True], temperature=[0.5], top_p=[0.6],
+                sample_batch=[1, 3], max_new_tokens=[1, 3, 12], skip_bad_steps=[2], save_every=[0],
+                rollouts=[1, 2, 5] if "rollouts" in defaults else [], lora_rank=[2] if find_spec("peft") else [],
+                self_teacher=["ema", "frozen", "live"] if "self_teacher" in defaults else [])
+    if flags["loss"] in DIVERGENCES:
+        knob = DIVERGENCES[flags["loss"]].knob
+        more |= dict(target=["veto", "taid"], support=SUPPORTS, **({knob: [0, 0.3, 1, 2]} if knob else {}))
+    flags |= {flag: rng.choice(values) for flag, values in more.items() if values and rng.random() < 0.3}
+    return flags | (dict(top_k=rng.choice([1, 5, 999])) if flags.get("support", "full") != "full" else {})
 
 
 def command(out, flags):
     """Return the words of a command line."""
     words = ["--out", str(out), "--resume"]
     for flag, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{flag}", *(str(x) for x in values if x is not True)]
+        words += [f"--{flag}", *(str(x) for x in (value if isinstance(value, list) else [value]) if x is not True)]
     return words
 
 
-def left_by(out):
-    """Return what a finished run has left and no kill may change: {name: bytes or records}."""
-    from data.files import read_lines
-    left = {str(path.relative_to(out)): path.read_bytes()
-            for folder in ("final", "adapter") for path in sorted((out / folder).rglob("*")) if path.is_file()}
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        left[name] = [{key: line[key] for key in line if key not in DIFFER} for line in read_lines(out / name)]
-    return left | {"other files": {path.name for path in out.iterdir()} - LEFT}
+def is_finite(value):
+    """Return whether a record has finite numbers only, at any depth."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(is_finite, parts)) and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def differences(out, reference):
-    """Return the names of what differs between a finished run and the reference."""
-    ours = left_by(out)
-    return [name for name in ours.keys() | reference.keys() if ours.get(name) != reference.get(name)]
-
-
-# ---- the three parts ---------------------------------------------------------------------------------------
+# ---- long, kills, fuzz -------------------------------------------------------------------------------------
 
 class Chaos:
+    """A world of tiny models, what was counted there, and how often something was wrong."""
+
     def __init__(self, world, seed):
-        self.world, self.rng = world, random.Random(seed)
-        self.figures, self.wrong = Counter(), []
+        self.world, self.rng, self.figures, self.wrong = world, random.Random(seed), Counter(), 0
 
-    def run(self, out, flags, **how):
-        """Run a command to its end and return it."""
-        with Fork(self.world / "log", opd, command(out, flags)) as run:
-            run.end()
-        return run
+    def check(self, right, what, flags, said=""):
+        """Count and show what is wrong."""
+        if not right:
+            self.wrong += 1
+            tqdm.write(f"\nWRONG: {what}\npython opd.py {' '.join(command('OUT', flags))}\n{said[-2000:]}\n")
+        return right
 
-    def note(self, what, command_words, said):
-        """Keep what went wrong, and show it."""
-        self.wrong.append(what)
-        tqdm.write(f"\nWRONG: {what}\n  python opd.py {' '.join(command_words)}\n  {said[-1500:]}\n")
+    def run(self, out, flags, seconds=None, **how):
+        """Run a command, to its end or until it is killed; return (exit status, what it said)."""
+        with Fork(self.world / "log", program, command(out, flags), **how) as run:
+            if seconds is not None and run.end(seconds) is None:
+                run.send(signal.SIGKILL)
+            return run.end(), run.said
 
+    def passing(self, seconds, items, title):
+        """Yield items until the time is over."""
+        began = time.monotonic()
+        with tqdm(total=round(seconds), desc=title, unit="s") as bar:
+            for item in items:
+                bar.update(min(round(time.monotonic() - began), bar.total) - bar.n)
+                if time.monotonic() - began > seconds:
+                    return
+                yield item
+
+    def long(self, steps):
+        """The last quarter of the steps takes no more time and memory than the second one."""
+        flags, out = flags_of(self.world, "mopd") | dict(steps=steps, save_every=50), self.world / "long"
+        status, said = self.run(out, flags, report=True)
+        if self.check(status == 0, "the long run does not end well", flags, said):
+            lines = [line for line in read_lines(out / "metrics.jsonl") if "loss" in line]
+            second, last = (statistics.median(sum(line["seconds"].values()) for line in part)
+                            for part in (lines[steps // 4:steps // 2], lines[-steps // 4:]))
+            slower = round(100 * (last / second - 1))
+            more = round(1024 * (lines[-1]["memory_gib"] - lines[steps // 4]["memory_gib"]))
+            self.figures.update({"steps of the long run": steps, "% more time per step at its end": slower,
+                                 "MiB more memory at its end": more})
+            self.check(slower < 50 and more < 30, f"{slower}% slower, {more} MiB more", flags)
+
+    def undisturbed(self):
+        """Run every method; return {name: (flags, what it leaves, seconds)} and its lines that write."""
+        cases = {name: flags_of(self.world, name) for name in METHODS if name != "okd" or find_spec("peft")}
+        cases |= {"adapter": cases["opd"] | dict(lora_rank=2)} if find_spec("peft") else {}
+        found, places = {}, []
+        for name, flags in tqdm(cases.items(), "undisturbed runs"):
+            out, lines, began = self.world / f"undisturbed {name}", self.world / "lines", time.monotonic()
+            status, said = self.run(out, flags, lines=str(lines))
+            if self.check(status == 0, "it does not run", flags, said):
+                found[name] = flags, left_by(out), time.monotonic() - began
+                places += [(line, name, number) for number, line in enumerate(json.loads(lines.read_text()))]
+        return found, places
+
+    def kills(self, seconds):
+        """Kill runs of every method and resume them; they must leave what an undisturbed run leaves."""
+        (cases, places), seen, out = self.undisturbed(), Counter(), self.world / "killed"
+        self.rng.shuffle(places)
+        for i, (line, *_) in enumerate(places):                 # every line once before any a second time
+            seen[line] += 1
+            places[i] = (seen[line], *places[i])
+        for _, line, name, number in self.passing(seconds, sorted(places), "kills"):
+            shutil.rmtree(out, ignore_errors=True)
+            (flags, expected, took), kills, status = cases[name], [], -signal.SIGKILL
+            while status == -signal.SIGKILL:
+                any_time = dict(seconds=self.rng.uniform(0, took))
+                kills.append(self.rng.choice([{} if kills else dict(kill_at=number)] * 2 + [any_time]))
+                status, said = self.run(out, flags, **kills[-1])
+            ours = left_by(out) if status == 0 else {"its end": said}
+            different = [x for x in ours.keys() | expected.keys() if ours.get(x) != expected.get(x)]
+            self.check(not different, f"{kills} ({line}): {', '.join(different)} differ", flags, said)
+            self.figures.update({"runs that were killed": 1, "times that they were killed": len(kills) - 1})
+        self.figures["lines that write"] = len(seen)
+        self.check(len(seen) > 50 and self.figures["times that they were killed"], "nothing was killed", {})
+
+    def fuzz(self, seconds):
+        """Run two steps of random settings: they end with finite numbers, or are refused in one line."""
+        for number in self.passing(seconds, range(10**9), "fuzz"):
+            flags, out = random_flags(self.rng, self.world), self.world / f"fuzz {number}"
+            status, said = self.run(out, flags)
+            refused = status == 1 and said.splitlines()[-1].startswith("opd.py: ") and "Traceback" not in said
+            self.check(refused or status == 0, f"exit status {status}", flags, said)
+            self.check(status or is_finite(left_by(out)), "a number is not finite", flags)
+            self.figures.update({"random settings": 1, "of them refused": refused})
+
+
+def main():
+    """Run the three parts and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        chaos = Chaos(make_world(Path(folder)), args.seed)
+        chaos.long(round(150 * args.minutes))
+        chaos.kills(30 * args.minutes)
+        chaos.fuzz(12 * args.minutes)
+    for what, count in [*chaos.figures.items(), ("wrong", chaos.wrong)]:
+        print(f"{count:>8,}  {what}")
+    raise SystemExit(chaos.wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
-"""Bad input, as one table: whatever a user can get wrong ends in one line, soon, and leaves the disk as it was.
+"""Bad input, in one table: whatever a user gets wrong ends in one line, soon, and leaves the disk as it was.
 
-A row is an input and words of the sentence that answers it. An input is a command line, flags that differ from
-those of a run that works, or a function that makes files and returns either.
+A row is an input, and words of the sentence that answers it. An input is a command line, flags that differ
+from those of a run that works, or a function that makes files and returns either.
 """
 import builtins
 import json
@@ -13,27 +13,32 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny
 from safetensors.torch import load_file, save_file
-from test_config import EVERY_FLAG, users, words
-from transformers import (BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel,
+from test_config import EVERY_FLAG, another, users, words
+from transformers import (BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel, GPT2Config,
+                          GPT2LMHeadModel,
                           T5Config, T5ForConditionalGeneration)
 
 import models as loading
 import opd
 from config import OneOf, PerBranch, Ratio, json_object
 from data import convert, small_world
+from data.files import checksums
 from data.scratch import CHATML
 from lab import recipes
-from methods import METHODS
 
 SECONDS = 20                            # more would be a hang
 LONGEST = 1000                          # characters of a line that anybody reads
 ME = {"role": "user", "content": "rev abc>"}
 GOOD = {"prompt": "rev abc>", "answer": "cba", "solution": "cba"}
+NAN, INF = float("nan"), float("inf")
 
 
 class Began(BaseException):
@@ -57,6 +62,7 @@ class World:
     models: Path
     argv: object
     finished: object                                            # () -> the folder of a finished run
+    others: list = field(default_factory=list)                  # processes that end with the row
 
     def file(self, name, content=""):
         """Write a file: text, bytes, or rows as JSON lines."""
@@ -124,8 +130,8 @@ def finished(tmp_path_factory, models):
         if not made:
             rows = root / "words.jsonl"
             rows.write_text(json.dumps(GOOD) + "\n")
-            line = dict(student=models / "a", teachers=models / "wide", prompts=rows, steps=2, batch=1, device="cpu",
-                        max_new_tokens=2, out=root / "out")
+            line = dict(student=models / "a", teachers=models / "wide", prompts=rows, steps=2, batch=1,
+                        device="cpu", max_new_tokens=2, out=root / "out")
             opd.main([word for flag, value in line.items() for word in (f"--{flag}", str(value))])
             made.append(root / "out")
         return made[0]
@@ -135,7 +141,10 @@ def finished(tmp_path_factory, models):
 @pytest.fixture
 def world(tmp_path, models, argv, finished, monkeypatch):
     monkeypatch.chdir(tmp_path)                                 # where runs/ would be
-    return World(tmp_path, models, argv, finished)
+    made = World(tmp_path, models, argv, finished)
+    yield made
+    for process in made.others:
+        process.communicate()                                   # it ends when its stdin does
 
 
 # ---- what a row does ---------------------------------------------------------------------------------------
@@ -146,6 +155,7 @@ class Row:
     make: object
     words: tuple
     reads: bool = False                 # the weights, without which nobody could know
+    dry: bool = True                    # --dry_run sees it, too, if it takes no weights
     writes: bool = False                # the run has begun, so it may write in its own --out
     main: object = opd.main
     program: str = "opd.py"
@@ -153,7 +163,7 @@ class Row:
 
 
 def snapshot(root, without=None):
-    """Names, sizes and times of everything in a folder; a lock is no content, and of folders only the names count."""
+    """Names, sizes and times of all files in a folder but locks, and the names of its folders."""
     found = {}
     for path in sorted(root.rglob("*")):
         if path.name == ".lock" or without and (path == without or without in path.parents):
@@ -173,8 +183,14 @@ class Outcome:
     changed: list = field(default_factory=list)
 
 
-def outcome(row, world, monkeypatch, capsys):
-    """Run a row, and return its Outcome."""
+def command(row, world):
+    """Make a row's files, and return its command line."""
+    made = row.make(world) if callable(row.make) else row.make
+    return [os.fspath(word) for word in (made if isinstance(made, list) else world.argv(**made))]
+
+
+def outcome(row, line, world, monkeypatch, capsys):
+    """Run a row's command line, and return its Outcome."""
     def began(*args, **kwargs):
         raise Began
 
@@ -183,8 +199,6 @@ def outcome(row, world, monkeypatch, capsys):
 
     def asked(*args, **kwargs):
         raise Asked
-    made = row.make(world) if callable(row.make) else row.make
-    line = made if isinstance(made, list) else world.argv(**made)
     if not row.reads:
         for name in ("read_net", "fake_net"):
             monkeypatch.setattr(loading, name, began)
@@ -196,7 +210,7 @@ def outcome(row, world, monkeypatch, capsys):
     handler = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        row.main([os.fspath(word) for word in line])
+        row.main(line)
     except SystemExit as stop:
         found.message, found.status = (stop.code, 1) if isinstance(stop.code, str) else ("", stop.code)
     except BaseException as error:
@@ -209,7 +223,8 @@ def outcome(row, world, monkeypatch, capsys):
     if found.status and not found.message:                      # argparse prints it
         found.message = printed.err.rstrip("\n")
     after = snapshot(world.root, out)
-    found.changed = [path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)]
+    found.changed = [path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path,
+    0)]
     return found
 
 
@@ -217,11 +232,6 @@ def row(name, make, *words, **more):
     """A row of the table, under its name."""
     marks = more.pop("marks", ())
     return pytest.param(Row(make, words, **more), id=name, marks=marks)
-
-
-def wrong(reason, run=True):
-    """The mark of a row that the program does not yet answer as it should."""
-    return pytest.mark.xfail(reason=reason, run=run, strict=run)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -236,7 +246,8 @@ def one_flag_rows():
 
         def line(value, name=name, two=two):
             return words(users(name)[0], **{name: [value, value] if two else value})
-        if isinstance(kind, (OneOf, PerBranch, Ratio)) or kind is json_object or kind.__name__ in ("int", "float"):
+        if isinstance(kind, (OneOf, PerBranch, Ratio)) or kind is json_object or kind.__name__ in ("int",
+        "float"):
             bad = "{" if kind is json_object else "x"
             yield row(f"--{name} {bad}", line(bad), f"--{name}", bad)
         if getattr(kind, "__name__", "") in ("int", "float"):
@@ -249,16 +260,11 @@ def one_flag_rows():
                     continue
         # argparse counts the words before it asks for their type
         yield row(f"--{name} without a value", [*words(users(name)[0]), f"--{name}"], f"--{name}", "expected")
-        value = "1"
-        if name in ("student", "prompts", "out", "teachers", "val_prompts", "method"):
-            twice = [*words("opcod" if name == "val_prompts" else "opd"), f"--{name}", "x"]
-        elif two:
-            twice = [f"--{name}", "1", "2", f"--{name}", "1", "2"]
-        else:
-            value = getattr(kind, "names", ["{}" if kind is json_object else "1"])[0]
-            twice = [*words(users(name)[0]), f"--{name}", value, f"--{name}", value]
-        if name != "device":
-            yield row(f"--{name} twice", twice, f"--{name} is given twice")
+        values = another(flag) or "1"
+        again = [f"--{name}", *(values if two else [values])]
+        given = f"--{name}" in words(users(name)[0])
+        yield row(f"--{name} twice", [*words(users(name)[0]), *again, *([] if given else again)],
+                  f"--{name} is given twice")
 
 
 SAMPLES = "has no effect without a --method that samples"
@@ -269,30 +275,37 @@ LINES = [                                                       # no file of the
     row("two students", words(student=["a", "b"]), "--method opd has one student", "opcod"),
     row("opcod with one student", words("opcod", student="a"), "needs two students", "got 1"),
     row("opcod with three students", words("opcod", student=["a", "b", "c"]), "needs two students", "got 3"),
-    row("opcod with one branch", words("opcod", prompts="p", val_prompts="p"), "needs two branches of prompts"),
+    row("opcod with one branch", words("opcod", prompts="p", val_prompts="p"),
+        "needs two branches of prompts"),
     row("opcod validates another branch", words("opcod", val_prompts=["physics=v", "lew=v"]),
         "needs validation prompts for every branch", "has: physics, lew"),
-    row("a flag that is not there", [*words(), "--bacth", "4"], "unknown flag --bacth; did you mean --batch?"),
+    row("a flag that is not there", [*words(), "--bacth", "4"],
+        "unknown flag --bacth; did you mean --batch?"),
     row("an abbreviation", [*words(), "--max_new_token", "4"], "unknown flag --max_new_token; did you mean"),
     row("another abbreviation", [*words(), "--temp=1"], "unknown flag --temp=1"),
     row("hyphens for underscores", [*words(), "--max-new-tokens", "4"], "did you mean --max_new_tokens?"),
     row("one hyphen", [*words(), "-batch", "4"], "unknown flag -batch; did you mean --batch?"),
     row("capitals", [*words(), "--Batch", "4"], "did you mean --batch?"),
-    row("a dash of typography", [*words(), "\u2014batch", "4"], "unknown word \u2014batch"),
+    row("a dash of typography", ["--student", "a", "--prompts", "p", "--seed", "4", "\u2014lr", "1"],
+        "unknown word \u2014lr"),
     row("a word too much", ["--steps", "4", "5"], "unknown word 5"),
     row("--help=x", [*words(), "--help=x"], "unknown flag --help=x"),
     row("a key=value line", ["student=a", "prompts=p"], "unknown word student=a"),
     row("a control character", [*words(), "--ba\x1b[2Jtch"], "unknown flag"),
-    row("--method unknown", words(method="campod") if "campod" in METHODS else ["--student", "a", "--prompts", "p",
-        "--method", "campod"], "'campod' is unknown; did you mean camopd? there are: sft, "),
-    row("--method empty", ["--student", "a", "--prompts", "p", "--method", ""], "--method '' is unknown; there are:"),
+    row("--method unknown", ["--student", "a", "--prompts", "p", "--method", "campod"],
+        "'campod' is unknown; did you mean camopd? there are: sft, "),
+    row("--method empty", ["--student", "a", "--prompts", "p", "--method", ""],
+        "--method '' is unknown; there are:"),
     row("--loss unknown", words(loss="jds"), "did you mean jsd? there are: nll, pg, "),
-    row("--loss of another method", words("sft", loss="rkl"), "--method sft cannot use --loss rkl; it can use: nll"),
+    row("--loss of another method", words("sft", loss="rkl"),
+        "--method sft cannot use --loss rkl; it can use: nll"),
     row("--support unknown", words(support="student_tial"), "did you mean student_tail? there are: full, "),
     row("--support without top_k", words(loss="rkl", support="student_sg"), "needs a top_k"),
-    row("--support of akl", words(loss="akl", support="student_sg", top_k=5), "akl needs the full vocabulary"),
+    row("--support of akl", words(loss="akl", support="student_sg", top_k=5),
+        "akl needs the full vocabulary"),
     row("--top_k alone", words(top_k=5), "--top_k has no effect without a --support"),
-    row("--target with pg", words("mopd", loss="pg", target="veto"), "--target has no effect without a divergence"),
+    row("--target with pg", words("mopd", loss="pg", target="veto"),
+        "--target has no effect without a divergence"),
     row("--veto_beta alone", words(veto_beta=0.3), "no effect without --target veto"),
     row("--taid_start above 1", words(target="taid", taid_start=1.5), "1.5 is not at least 0 and at most 1"),
     row("--jsd_beta 1", words(loss="jsd", jsd_beta=1), "jsd cannot use jsd_beta 1.0", "use fkl or rkl"),
@@ -301,32 +314,44 @@ LINES = [                                                       # no file of the
     row("--akl_mu -1", words(loss="akl", akl_mu=-1), "akl cannot use akl_mu -1.0"),
     row("--power_lambda -1", words(loss="power", power_lambda=-1), "power cannot use power_lambda -1.0"),
     row("--alpha_beta 1 -1", words(loss="alpha_beta", alpha_beta=[1, -1]), "A + B above 0"),
-    row("--alpha_beta with one number", words(loss="alpha_beta", alpha_beta=[1]), "--alpha_beta: expected 2 arguments"),
+    row("--alpha_beta with one number", words(loss="alpha_beta", alpha_beta=[1]),
+        "--alpha_beta: expected 2 arguments"),
     row("--importance outside 1", words(loss="pg", importance=[2, 3]), "LOW must be below HIGH, and 1, "),
-    row("--importance without pg", words(importance=[0.25, 4]), "--importance has no effect without --loss pg"),
+    row("--importance without pg", words(importance=[0.25, 4]),
+        "--importance has no effect without --loss pg"),
     row("--batch 10**9", words(batch=10**9), "--batch: 1000000000 is not at least 1 and at most 1048576"),
     row("--batch 10**30", words(batch=10**30), "is not at least 1 and at most 1048576"),
     row("--rollouts 10**9", words(rollouts=10**9), "--rollouts: 1000000000 is not at least 1 and at most"),
-    row("batch times rollouts", words(batch=2000, rollouts=1000), "is 2,000,000 completions per step; at most"),
+    row("batch times rollouts", words(batch=2000, rollouts=1000),
+        "is 2,000,000 completions per step; at most"),
     row("--lora_rank 10**7", words(lora_rank=10**7), "--lora_rank: 10000000 is not at least 0 and at most"),
-    row("--teacher_rank 10**7", words("okd", teacher_rank=10**7), "--teacher_rank: 10000000 is not at least 0 and at"),
-    row("--steps 10**30", words(steps=10**30), "--steps: 1000000000000000000000000000000 is not at least 1 and at"),
-    row("--warmup above --steps", words(steps=5, warmup=6), "--warmup 6 is not below --steps 5"),
-    row("--diagnose_rollouts 10**9", words(diagnose_every=1, diagnose_rollouts=10**9), "--diagnose_rollouts:", "at most"),
-    row("--eval_rollouts 10**9", words(eval_prompts="e", eval_temperature=1, eval_rollouts=10**9), "--eval_rollouts:"),
-    row("a number of 5000 digits", words(batch="9" * 5000), "--batch", "is not a number"),
+    row("--teacher_rank 10**7", words("okd", teacher_rank=10**7),
+        "--teacher_rank: 10000000 is not at least 0 and at"),
+    row("--steps 10**30", words(steps=10**30), f"--steps: {10**30} is not at least 1 and at"),
+    row("--diagnose_rollouts 10**9", words(diagnose_every=1, diagnose_rollouts=10**9), "--diagnose_rollouts:",
+        "at most"),
+    row("--eval_rollouts 10**9", words(eval_prompts="e", eval_temperature=1, eval_rollouts=10**9),
+        "--eval_rollouts:"),
+    row("a number of 400 digits", words(batch="9" * 400), "--batch"),
+    row("a number of 5000 digits", words(batch="9" * 5000), "--batch"),
+    row("--lr of 5000 digits", words(lr="9" * 5000), "--lr", "is not"),
     row("--batch 1e3", words(batch="1e3"), "--batch: invalid int value: '1e3'"),
     row("--lr 1e30", words(lr="1e30"), "--lr: 1e30 is not above 0 and at most 1000"),
     row("--lr 0", words(lr=0), "--lr: 0 is not above 0"),
     row("--lr 1e-400", words(lr="1e-400"), "--lr: 1e-400 is not above 0"),
+    row("--lr -1e-3", words(lr="-1e-3"), "--lr: -1e-3 is not above 0"),
     row("--lr 1,5", words(lr="1,5"), "--lr: invalid float value: '1,5'"),
     row("--temperature 1e-45", words(temperature="1e-45"), "--temperature: 1e-45 is not at least 0.01"),
     row("--temperature 0", words(temperature=0), "--temperature: 0 is not at least 0.01"),
-    row("--loss_temperature 1e-300", words(loss_temperature="1e-300"), "--loss_temperature: 1e-300 is not at least"),
-    row("--eval_temperature 1e-45", words(eval_prompts="e", eval_temperature="1e-45"), "--eval_temperature: 1e-45 is"),
-    row("--weight_decay 1e30", words(weight_decay="1e30"), "--weight_decay 1e+30: times --lr it must be below 1"),
+    row("--loss_temperature 1e-300", words(loss_temperature="1e-300"),
+        "--loss_temperature: 1e-300 is not at least"),
+    row("--eval_temperature 1e-45", words(eval_prompts="e", eval_temperature="1e-45"),
+        "--eval_temperature: 1e-45 is"),
+    row("--weight_decay 1e30", words(weight_decay="1e30"),
+        "--weight_decay: 1e30 is not between"),
     row("--adam_beta2 1", words(adam_beta2=1), "--adam_beta2: 1 is not at least 0 and at most 0.999999"),
-    row("--adam_beta2 with sgd", words(optimizer="sgd", adam_beta2=0.9), "--adam_beta2 has no effect without"),
+    row("--adam_beta2 with sgd", words(optimizer="sgd", adam_beta2=0.9),
+        "--adam_beta2 has no effect without"),
     row("--lora_alpha alone", words(lora_alpha=8), "--lora_alpha has no effect without --lora_rank"),
     row("--top_p 0", words(top_p=0), "--top_p: 0 is not above 0 and at most 1"),
     row("--top_p 1.01", words(top_p=1.01), "--top_p: 1.01 is not above 0 and at most 1"),
@@ -334,28 +359,45 @@ LINES = [                                                       # no file of the
     row("--max_new_tokens with sft", words("sft", max_new_tokens=5), "--max_new_tokens has no effect"),
     row("--drop_cut with kd", words("kd", drop_cut=True), f"--drop_cut {SAMPLES}"),
     row("--eval_every alone", words(eval_every=5), "--eval_every has no effect without --eval_prompts"),
-    row("--rollouts with sft", words("sft", rollouts=2), "--rollouts has no effect on --method sft; it is for: gkd"),
-    row("--mixture with camopd", words("camopd", prompts=["a=p", "b=p"], mixture="2:1"), "--mixture has no effect"),
-    row("--mixture with a zero", words(prompts=["a=p", "b=p"], mixture="1:0"), "not a positive whole number for each"),
-    row("--mixture for three", words(prompts=["a=p", "b=p"], mixture="1:1:1"), "for each of the 2 branches (a, b)"),
-    row("--mixture without a prompt", words("mopd", prompts=["a=p", "b=p"], mixture="999:1"), "leaves a branch without"),
-    row("--schedule 10**9:1", words("camopd", prompts=["a=p", "b=p"], schedule="1000000000:1"), "--schedule 1000000000"),
-    row("--schedule of signs", words("camopd", prompts=["a=p", "b=p"], schedule="+3:1"), "--schedule +3:1 is not a"),
+    row("--rollouts with sft", words("sft", rollouts=2),
+        "--rollouts has no effect on --method sft; it is for: gkd"),
+    row("--mixture with camopd", words("camopd", prompts=["a=p", "b=p"], mixture="2:1"),
+        "--mixture has no effect"),
+    row("--mixture with a zero", words(prompts=["a=p", "b=p"], mixture="1:0"),
+        "not a positive whole number for each"),
+    row("--mixture for three", words(prompts=["a=p", "b=p"], mixture="1:1:1"),
+        "for each of the 2 branches (a, b)"),
+    row("--mixture without a prompt", words("mopd", prompts=["a=p", "b=p"], mixture="999:1"),
+        "leaves a branch without"),
+    row("--schedule 10**9:1", words("camopd", prompts=["a=p", "b=p"], schedule="1000000000:1"),
+        "--schedule 1000000000"),
+    row("--schedule of signs", words("camopd", prompts=["a=p", "b=p"], schedule="+3:1"),
+        "--schedule +3:1 is not a"),
     row("--mass of no branch", words("camopd", mass="foo=1"), "--mass names foo, but the branches are: main"),
     row("--mass above 1", words("camopd", mass="1.5"), "--mass 1.5 is not at least 0 and at most 1"),
     row("--scale 0", words("camopd", scale="0"), "--scale 0 for every branch trains nothing"),
     row("--mass with a NUL", words("camopd", mass="x\0"), "--mass", "is not a number"),
-    row("--rounds that do not divide", words("opcod", rounds=3), "--steps 100 is not a multiple of --rounds 3"),
-    row("--ema_rate of a frozen one", words("opsd", ema_rate=0.1), "--ema_rate has no effect without --self_teacher"),
+    row("--rounds that do not divide", words("opcod", rounds=3),
+        "--steps 100 is not a multiple of --rounds 3"),
+    row("--ema_rate of a frozen one", words("opsd", ema_rate=0.1),
+        "--ema_rate has no effect without --self_teacher"),
     row("--self_teacher ema of dpo", words("dpo", self_teacher="ema"), "its reference must not move"),
-    row("--self_teacher snapshot of sdpo", words("sdpo", self_teacher="snapshot"), "for methods that renew it: dpo"),
+    row("--self_teacher snapshot of sdpo", words("sdpo", self_teacher="snapshot"),
+        "for methods that renew it: dpo"),
     row("--ipo and --dpo_smoothing", words("dpo", ipo=True, dpo_smoothing=0.1), "no effect with --ipo"),
     row("--dpo_smoothing 0.6", words("dpo", dpo_smoothing=0.6), "0.6 is not at least 0 and at most 0.5"),
-    row("--dpo_beta 1e-300", words("dpo", ipo=True, dpo_beta="1e-300"), "--dpo_beta"),
-    row("--clusters and a field", words("sai_dpo", cluster_field="t", clusters=3), "no effect with --cluster_field"),
+    *[row(f"--{name} {value}", words(method, **flags, **{name: value}), f"--{name}", value, "is not")
+      for method, flags, name, value in (
+        ("dpo", dict(ipo=True), "dpo_beta", "1e-300"), ("dpo", {}, "dpo_beta", "1e300"),
+        ("kd", {}, "ce_weight", "1e300"), ("opd", dict(target="veto"), "veto_beta", "1e300"),
+        ("okd", {}, "teacher_pull", "1e300"), ("okd", {}, "teacher_lr_factor", "1e300"),
+        ("camopd", {}, "scale", "1e300"), ("opd", dict(lora_rank=2), "lora_alpha", "1e300"),
+        ("compact", {}, "weight_temperature", "1e-310"), ("opd", {}, "grad_clip", "1e-300"))],
+    row("--clusters and a field", words("sai_dpo", cluster_field="t", clusters=3),
+        "no effect with --cluster_field"),
     row("grpo with one rollout", words("grpo", rollouts=1), "--rollouts must be at least 2"),
-    row("okd without a teacher to teach", words("okd", teacher_pull=0, ce_weight=0), "teach the teacher nothing"),
-    row("--weight_temperature 1e-310", words("compact", weight_temperature="1e-310"), "--weight_temperature"),
+    row("okd without a teacher to teach", words("okd", teacher_pull=0, ce_weight=0),
+        "teach the teacher nothing"),
     # teachers and branches
     row("a teacher for sft", words("sft", teachers="t"), "--teachers has no effect on --method sft"),
     row("no teacher for opd", words("opd", teachers=[]), "needs a teacher for every branch", "has: none"),
@@ -381,23 +423,27 @@ LINES = [                                                       # no file of the
     row("--device mps", words(device="mps"), "choose cpu, cuda or cuda:N"),
     row("--device cpu:0", words(device="cpu:0"), "choose cpu, cuda or cuda:N"),
     row("--device cuda:-1", words(device="cuda:-1"), "choose cpu, cuda or cuda:N"),
-    row("--device cuda:99", words(device="cuda:99"), "--device cuda:99: torch sees"),
-    row("--device cuda:10**30", words(device=f"cuda:{10**30}"), "torch sees"),
-    row("--device twice", [*words(), "--device", "cpu"], "--device is given twice"),
-    row("--teacher_device swap on a CPU", words(teacher_device="swap"), "--teacher_device swap needs a --device cuda"),
+    row("--device cuda:99", words(device="cuda:99"), "--device cuda:99: torch sees", dry=False),
+    row("--device cuda:10**30", words(device=f"cuda:{10**30}"), "torch sees", dry=False),
+    row("--teacher_device swap on a CPU", words(teacher_device="swap"),
+        "--teacher_device swap needs a --device cuda"),
     row("--dtype float16", words(dtype="float16"), "'float16' is unknown; did you mean bfloat16?"),
     row("--seed 2**41", words(seed=2**41), "--seed: 2199023255552 is not at least 0 and at most"),
     # options of chat templates
-    row("kwargs that are no JSON", words(chat_template_kwargs="{enable_thinking: false}"), "--chat_template_kwargs",
+    row("kwargs that are no JSON", words(chat_template_kwargs="{enable_thinking: false}"),
+        "--chat_template_kwargs",
         "JSON"),
     row("kwargs that are a list", words(chat_template_kwargs="[]"), "is not a JSON object with options"),
     row("kwargs that are null", words(chat_template_kwargs="null"), "is not a JSON object with options"),
-    row("kwargs of our own", words(chat_template_kwargs='{"add_generation_prompt": false}'), "is not a JSON object"),
+    row("kwargs of our own", words(chat_template_kwargs='{"add_generation_prompt": false}'),
+        "is not a JSON object"),
     row("kwargs of deep JSON", words(chat_template_kwargs='{"x": ' * 100_000), "--chat_template_kwargs"),
     row("kwargs that are long", words(chat_template_kwargs="x" * 10_000), "--chat_template_kwargs"),
-    row("kwargs with a key twice", words(chat_template_kwargs='{"x": 1, "x": 2}'), "--chat_template_kwargs", "twice"),
+    row("kwargs with a key twice", words(chat_template_kwargs='{"x": 1, "x": 2}'), "--chat_template_kwargs",
+        "twice"),
     row("kwargs with NaN", words(chat_template_kwargs='{"x": NaN}'), "--chat_template_kwargs", "NaN"),
-    row("teacher's kwargs without one", words("sft", teacher_chat_template_kwargs='{"x": 1}'), "no effect without a"),
+    row("teacher's kwargs without one", words("sft", teacher_chat_template_kwargs='{"x": 1}'),
+        "no effect without a"),
 ]
 
 
@@ -407,14 +453,23 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 
 def taken(world, folder):
-    """A folder that another process owns until this test ends."""
-    world.folder(folder)
-    code = f"import sys; sys.path.insert(0, {str(Path(opd.__file__).parent)!r}); from data.files import own; " \
-           f"from pathlib import Path; lock = own(Path({folder!r})); print(1, flush=True); sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """A folder that another process owns until the row ends."""
+    folder.mkdir(exist_ok=True)
+    code = ("import fcntl, os, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print(os.getpid(), file=file, flush=True); print(flush=True); sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", code, folder / ".lock"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    world.others.append(process)
     process.stdout.readline()
-    world.argv.others = [process]
-    return world.root / folder
+    return folder
+
+
+def locked(world):
+    """A folder that cannot be written."""
+    (world.root / "locked").mkdir(mode=0o555)
+    if os.access(world.root / "locked", os.W_OK):
+        pytest.skip("this user can write everywhere")
+    return world.root / "locked"
 
 
 def fifo(world, name):
@@ -424,32 +479,43 @@ def fifo(world, name):
 
 OUT = [
     row("--out a file", lambda w: dict(out=w.file("f")), "--out", "is a file; it must be a folder"),
-    row("--out in a file", lambda w: dict(out=w.file("f") / "x" / "y"), "--out", "f is a file; it must be a folder"),
-    row("--out with other files", lambda w: dict(out=w.folder("mine", "thesis.tex")), "holds other files and no run"),
+    row("--out in a file", lambda w: dict(out=w.file("f") / "x" / "y"), "--out",
+        "f is a file; it must be a folder"),
+    row("--out with other files", lambda w: dict(out=w.folder("mine", "thesis.tex")),
+        "holds other files and no run"),
     row("--out a model", lambda w: dict(out=w.model()), "holds other files and no run; choose another --out"),
     row("--out the current folder", lambda w: dict(out="."), "--out . holds other files and no run"),
     row("--out empty", dict(out=""), "--out '' names no folder"),
-    row("--out a dangling link", lambda w: dict(out=w.link("link", "nowhere")), "is a link to what is not there"),
+    row("--out a dangling link", lambda w: dict(out=w.link("link", "nowhere")),
+        "is a link to what is not there"),
     row("--out a link to itself", lambda w: dict(out=w.link("loop", "loop")), "--out", "loop"),
-    row("--out through a dangling link", lambda w: dict(out=w.link("link", "nowhere") / "x"), "--out", "link"),
+    row("--out through a dangling link", lambda w: dict(out=w.link("link", "nowhere") / "x"), "--out",
+        "link is a link to what is not there"),
     row("--out with a NUL", dict(out="x\0y"), "--out 'x\\x00y' can be no folder"),
-    row("--out of 300 letters", dict(out="x" * 300), "--out 'xxx", "can be no folder: [Errno 36]"),
-    row("--out of 5000 letters", dict(out="x/" * 2500), "--out 'x/x", "can be no folder: [Errno 36]"),
-    row("--out not UTF-8", dict(out=NOT_UTF8), "--out", "UTF-8"),
-    row("--out in /proc", dict(out="/proc/opd"), "--out /proc/opd", "cannot be written"),
-    row("--out in /proc/self/fd", dict(out="/proc/self/fd/x"), "--out /proc/self/fd/x", "cannot be written"),
+    row("--out of 300 letters", dict(out="x" * 300), "--out 'xxx", "can be no folder: ",
+        "File name too long"),
+    row("--out of 5000 letters", dict(out="x/" * 2500), "--out 'x/x"),
+    row("--out not UTF-8", dict(out=NOT_UTF8), "--out", "can be no folder: 'utf-8'"),
+    row("--out that cannot be written", lambda w: dict(out=locked(w)), "locked cannot be written"),
+    row("--out in what cannot be written", lambda w: dict(out=locked(w) / "x" / "y"),
+        "locked cannot be written"),
     row("--out of nobody", dict(out="~nobody-here/x"), "there is no such user's home"),
 ]
 
 STUDENT = [
-    row("a student that is not there", dict(student="./a/b"), "cannot load ./a/b: no such folder, and not a hub id"),
-    row("a student with a slip", lambda w: dict(student=w.folder("model", "x").parent / "modle"), "did you mean",
+    row("a student that is not there", dict(student="./a/b"),
+        "cannot load ./a/b: no such folder, and not a hub id"),
+    row("a student with a slip", lambda w: dict(student=w.folder("model", "x").parent / "modle"),
+        "did you mean",
         "model?"),
-    row("a name of neither", dict(student="nowhere"), "cannot load nowhere: no folder of that name, and as a hub id"),
+    row("a name of neither", dict(student="nowhere"),
+        "cannot load nowhere: no folder of that name, and as a hub id"),
     row("a name with a blank", dict(student="my model"), "cannot load my model", "no folder of that name"),
-    row("a URL", dict(student="https://huggingface.co/Qwen/Qwen3-0.6B"), "https://huggingface.co/Qwen/Qwen3-0.6B",
+    row("a URL", dict(student="https://huggingface.co/Qwen/Qwen3-0.6B"),
+        "https://huggingface.co/Qwen/Qwen3-0.6B",
         "not a hub id"),
-    row("a student that is a file", lambda w: dict(student=w.file("m.safetensors")), "m.safetensors is a file; a model"),
+    row("a student that is a file", lambda w: dict(student=w.file("m.safetensors")),
+        "m.safetensors is a file; a model"),
     row("a GGUF", lambda w: dict(student=w.file("m.gguf", "GGUF")), "m.gguf is a file; a model is given as"),
     row("a teacher that is a GGUF", lambda w: dict(teachers=w.file("m.gguf", "GGUF")), "m.gguf is a file"),
     row("an empty folder", lambda w: dict(student=w.folder("empty")), "no tokenizer in this folder"),
@@ -459,13 +525,22 @@ STUDENT = [
     row("a teacher with a NUL", dict(teachers="x\0y"), "x\\x00y"),
     row("a student of 300 letters", dict(student="x" * 300), "cannot load xxx"),
     row("a student not UTF-8", lambda w: dict(student=w.model().rename(w.root / NOT_UTF8)), "cannot load"),
-    row("an adapter", lambda w: dict(student=w.folder("adapter", "adapter_config.json")), "is an adapter; give a merged"),
-    row("an adapter as teacher", lambda w: dict(teachers=w.folder("adapter", "adapter_config.json")), "is an adapter"),
+    row("an adapter", lambda w: dict(student=w.folder("adapter", "adapter_config.json")),
+        "is an adapter; give a merged"),
+    row("an adapter as teacher", lambda w: dict(teachers=w.folder("adapter", "adapter_config.json")),
+        "is an adapter"),
     row("no config", lambda w: dict(student=w.model(lambda m: (m / "config.json").unlink())), "cannot load",
         "config.json"),
     row("no tokenizer", lambda w: dict(student=w.model(lambda m: [p.unlink() for p in m.glob("*token*")])),
         "no tokenizer in this folder"),
 ]
+
+
+def parquet(world, *rows):
+    pyarrow = pytest.importorskip("pyarrow", reason="optional: pip install pyarrow")
+    from pyarrow import parquet as files
+    files.write_table(pyarrow.Table.from_pylist(list(rows)), world.root / "rows.parquet")
+    return world.root / "rows.parquet"
 
 
 def prompts(name, content, *words, file="rows.jsonl", **more):
@@ -480,19 +555,20 @@ PAIR = dict(prompt="rev abc>", chosen="cba", rejected="abc")
 FILES = [
     row("prompts that are not there", dict(prompts="none.jsonl"), "no prompt file none.jsonl: it is no file"),
     row("prompts that are a folder", lambda w: dict(prompts=w.folder("rows")), "it is a folder, not a file"),
-    row("prompts that are a dangling link", lambda w: dict(prompts=w.link("rows", "nowhere")), "no prompt file"),
+    row("prompts that are a dangling link", lambda w: dict(prompts=w.link("rows", "nowhere")),
+        "no prompt file"),
     row("prompts that are a pipe", lambda w: dict(prompts=fifo(w, "pipe")), "no prompt file"),
     row("prompts that are /dev/zero", dict(prompts="/dev/zero"), "no prompt file /dev/zero: it is no file"),
-    row("prompts with a NUL", dict(prompts="x\0y"), "--prompts", "x\\x00y"),
+    row("prompts with a NUL", dict(prompts="x\0y"), "no prompt file", "x\\x00y"),
     row("prompts of 300 letters", dict(prompts="x" * 300), "no prompt file xxx"),
-    row("a branch with a dot", lambda w: dict(prompts=f"v1.5={w.file('p', GOOD)}"), "a name has letters, digits, _ and -"),
-    row("a public set with a slip", dict(prompts="openai/gsmk8"), "no prompt file openai/gsmk8", "openai/gsm8k"),
+    row("a branch with a dot", lambda w: dict(prompts=f"v1.5={w.file('p', GOOD)}"),
+        "a name begins with a letter, and has letters"),
+    row("a public set with a slip", dict(prompts="openai/gsmk8"), "no prompt file openai/gsmk8",
+        "openai/gsm8k"),
     row("no split of that name", dict(prompts="openai/gsm8k:nowhere"), "cannot load openai/gsm8k"),
     row("validation prompts that are not there", dict(method="opcod", val_prompts=["words=x", "more=x"]),
         "no prompt file x"),
     row("evaluation prompts that are not there", dict(eval_prompts="x"), "no prompt file x"),
-    prompts("evaluation without an answer", [GOOD], 'e.jsonl:1: no "answer", so it cannot be evaluated',
-            flags=dict(eval_prompts="e.jsonl"), file="rows.jsonl", marks=pytest.mark.skip("made below")),
     prompts("an empty file", "", "has no prompts"),
     prompts("blank lines", "\n \n\t\n", "has no prompts"),
     prompts("an empty list", "[]", "has no prompts", file="rows.json"),
@@ -502,19 +578,42 @@ FILES = [
     prompts("UTF-16", json.dumps(GOOD).encode("utf-16"), "is not UTF-8 text"),
     prompts("Latin-1", '{"prompt": "caf\xe9"}'.encode("latin-1"), "is not UTF-8 text"),
     prompts("a broken parquet", b"PAR1", "cannot read ", file="rows.parquet"),
-    prompts("more cells than names", "prompt,answer\na,1,2\n", ":1: more cells than the first", file="rows.csv"),
-    prompts("semicolons", "prompt;answer\na;1\n", "but this one has prompt;answer", file="rows.csv"),
-    prompts("a name twice", "prompt,answer,answer\na,1,2\n", "answer", "twice", file="rows.csv"),
-    prompts("a quote that never closes", 'prompt,answer\n"rev abc>,1\nrev b>,2\n', "quote", file="rows.csv"),
-    prompts("a cell of 200,000 letters", f'prompt,answer\n"{"a" * 200_000}",1\n', "positions", file="rows.csv"),
+    *[row(f"a parquet with {name}", lambda w, x=x: dict(prompts=parquet(w, dict(GOOD, x=x))), "rows.parquet")
+      for name, x in (("a time", datetime(2020, 1, 1)), ("a date", date(2020, 1, 1)), ("bytes", b"a"),
+                      ("a decimal", Decimal("1.5")))],
+    *[row(f"a parquet with {name}", lambda w, x=x: dict(prompts=parquet(w, dict(GOOD, x=x))),
+          "rows.parquet:1: x")
+      for name, x in (("an image", {"bytes": b"a", "path": "a.png"}), ("times", [datetime(2020, 1, 1)]))],
+    row("a parquet whose answer is a date",
+        lambda w: dict(prompts=parquet(w, dict(GOOD, answer=date(2020, 1, 1)))),
+        "rows.parquet:1: answer: Object of type date is not"),
+    row("a parquet whose answer is NaN", lambda w: dict(prompts=parquet(w, dict(GOOD, answer=NAN))),
+        'rows.parquet:1: "answer" is text or a number, not nan'),
+    row("a parquet whose prompt is bytes", lambda w: dict(prompts=parquet(w, dict(GOOD, prompt=b"rev abc>"))),
+        "rows.parquet:1: prompt: Object of type bytes is not"),
+    prompts("an empty parquet", b"", "cannot read ", file="rows.parquet"),
+    prompts("a CSV without a name", ",answer\na,b\n", ":1: a row is an object", file="rows.csv"),
+    row("evaluation prompts with a blank in their name",
+        lambda w: dict(eval_prompts=f"my eval={w.file('p', GOOD)}"),
+        "--eval_prompts my eval=", "a name begins with a letter, and has letters"),
+    row("two evaluations of a name", dict(eval_prompts=["a=p", "a=p"]), "two --eval_prompts are called a"),
+    prompts("more cells than names", "prompt,answer\na,1,2\n", ":1: more cells than the first",
+        file="rows.csv"),
+    prompts("semicolons", "prompt;answer\na;1\n", ":1: a row is an object", "prompt;answer", file="rows.csv"),
+    prompts("a name twice", "prompt,answer,answer\na,1,2\n", "two columns have the same name",
+        file="rows.csv"),
+    prompts("a quote that never closes", 'prompt,answer\n"rev abc>,1\nrev b>,2\n', "rows.csv: line ",
+        "unexpected end of data", file="rows.csv"),
+    prompts("a cell of 200,000 letters", f'prompt,answer\n"{"a" * 200_000}",1\n', "positions",
+        file="rows.csv"),
     prompts("a CSV that is called .jsonl", "prompt,answer\na,1\n", ":1: not JSON"),
     prompts("an object over several lines", '{\n "prompt": "a"\n}\n', ":1: not JSON"),
-    prompts("an object with the rows", '{"data": [{"prompt": "a"}]}', ":1: a row is an object", "this one has data"),
+    prompts("an object with the rows", '{"data": [{"prompt": "a"}]}', ":1: a row is an object", "data"),
     prompts("two rows on a line", '{"prompt": "a"} {"prompt": "b"}', ":1: not JSON (Extra data"),
     prompts("a comma too much", '{"prompt": "a",}', ":1: not JSON"),
     prompts("single quotes", "{'prompt': 'a'}", ":1: not JSON"),
     prompts("a list that is cut", '[{"prompt": "a"},\n{"prompt": "b"', "not JSON", file="rows.json"),
-    prompts("a list of texts", '["a", "b"]', ":1: a row is an object", "this one is a", file="rows.json"),
+    prompts("a list of texts", '["a", "b"]', ":1: a row is an object", file="rows.json"),
     prompts("a raw tab", '{"prompt": "a\tb"}', ":1: not JSON (Invalid control character"),
     prompts("deep lists", "[" * 100_000, "not JSON"),
     prompts("deep objects", '{"prompt": ' * 100_000, ":1: not JSON"),
@@ -526,10 +625,10 @@ FILES = [
 ]
 USER = "the last message is of role"
 ROWS = [
-    prompts("no prompt", {"text": "a"}, ":1: a row is an object with a non-empty", "but this one has text"),
-    prompts("nothing at all", {}, ":1: a row is an object", "has nothing"),
-    prompts("null", "null", ":1: a row is an object", "is None"),
-    prompts("a number", "5", ":1: a row is an object", "is 5"),
+    prompts("no prompt", {"text": "a"}, ":1: a row is an object with a non-empty", "text"),
+    prompts("nothing at all", {}, ":1: a row is an object"),
+    prompts("null", "null", ":1: a row is an object", "None"),
+    prompts("a number", "5", ":1: a row is an object", "5"),
     *[prompts(f"prompt {value!r}", {"prompt": value}, ":1: a row is an object with a non-empty")
       for value in ("", None, [], {}, 0, False)],
     *[prompts(f"prompt {value!r}", {"prompt": value}, ':1: "prompt" is text or a list of')
@@ -539,14 +638,17 @@ ROWS = [
     prompts("a blank prompt", {"prompt": " \n\t"}, ":1: the user says nothing"),
     prompts("a prompt of blanks of Unicode", {"prompt": "\u3000\u00a0"}, ":1: the user says nothing"),
     prompts("the last line is bad", [GOOD, GOOD, {"prompt": ""}], ":3: a row is an object"),
-    prompts("messages without a template", {"prompt": [ME]}, ":1: ", "has no chat template, but the prompt is a list"),
+    prompts("messages without a template", {"prompt": [ME]}, ":1: ",
+        "has no chat template, but the prompt is a list"),
     prompts("messages that are text", {"messages": "a"}, ":1: a row is an object with a non-empty"),
     prompts("messages that are texts", {"messages": ["a"]}, ":1: a row is an object with a non-empty"),
-    prompts("messages without the user", {"messages": [{"role": "assistant", "content": "b"}]}, ":1: a row is an object"),
+    prompts("messages without the user", {"messages": [{"role": "assistant", "content": "b"}]},
+        ":1: a row is an object"),
     prompts("conversations from a list", {"conversations": [{"from": ["human"], "value": "a"}]}, ":1: "),
-    prompts("conversations without a value", {"conversations": [{"from": "human"}]}, ':1: "prompt" is text or a list'),
-    prompts("an instruction that is a list", {"instruction": ["rev", "abc>"]}, ":1: ", "instruction"),
-    prompts("an instruction that is a number", {"instruction": 5}, ":1: ", "instruction"),
+    prompts("conversations without a value", {"conversations": [{"from": "human"}]},
+        ':1: "prompt" is text or a list'),
+    prompts("an instruction that is a list", {"instruction": ["rev", "abc>"]}, ':1: "prompt" is text'),
+    prompts("an instruction that is a number", {"instruction": 5}, ':1: "prompt" is text'),
     prompts("an input that is an object", {"instruction": "rev", "input": {"a": 1}}, ":1: ", "input"),
     prompts("a question that is a number", {"question": 5}, ':1: "prompt" is text or a list'),
     *[prompts(f"answer {value!r}", dict(GOOD, answer=value), ':1: "answer" is text or a number')
@@ -556,46 +658,66 @@ ROWS = [
         ("1e999", '"answer" is text or a number, not inf'))],
     *[prompts(f"half a surrogate pair in {field}", f'{{"prompt": "rev abc>", "{field}": "a\\ud83d"}}',
               ":1: it has half of a surrogate pair") for field in ("answer", "solution", "x", "grader")],
-    prompts("half a surrogate pair in the prompt", r'{"prompt": "rev \ud83d"}', ":1: it has half of a surrogate pair"),
-    prompts("half a surrogate pair in a key", r'{"prompt": "rev", "a\ud83d": 1}', ":1: it has half of a surrogate pair"),
-    *[prompts(f"{slip} for {right}", dict(GOOD, **{slip: "x"}), f'the field "{slip}" is unknown; did you mean "{right}"')
-      for slip, right in (("branhc", "branch"), ("graders", "grader"), ("choosen", "chosen"))],
-    prompts("anwser", {"prompt": "a", "anwser": "b"}, 'the field "anwser" is unknown; did you mean "answer"?'),
-    prompts("Solution", {"prompt": "a", "Solution": "b"}, 'the field "Solution" is unknown; did you mean "solution"?'),
-    prompts("sft without a solution", {"prompt": "a"}, ':1: no "solution", which --method sft learns from', flags=SFT),
-    *[prompts(f"solution {value!r}", dict(GOOD, solution=value), ':1: "solution", which --method sft learns from, is text',
+    prompts("half a surrogate pair in the prompt", r'{"prompt": "rev \ud83d"}',
+        ":1: it has half of a surrogate pair"),
+    prompts("half a surrogate pair in a key", r'{"prompt": "rev", "a\ud83d": 1}',
+        ":1: it has half of a surrogate pair"),
+    *[prompts(f"{slip} for {right}", dict(GOOD, **{slip: "x"}),
+        f'the field "{slip}" is unknown; did you mean "{right}"')
+      for slip, right in (("branhc", "branch"), ("gradre", "grader"), ("choosen", "chosen"))],
+    prompts("anwser", {"prompt": "a", "anwser": "b"},
+        'the field "anwser" is unknown; did you mean "answer"?'),
+    prompts("Solution", {"prompt": "a", "Solution": "b"},
+        'the field "Solution" is unknown; did you mean "solution"?'),
+    prompts("sft without a solution", {"prompt": "a"}, ':1: no "solution", which --method sft learns from',
+        flags=SFT),
+    *[prompts(f"solution {value!r}", dict(GOOD, solution=value),
+        ':1: "solution", which --method sft learns from, is text',
               flags=SFT) for value in (5, None, ["a"], {"a": 1}, True)],
-    prompts("an empty solution", dict(GOOD, solution=""), ':1: "solution" is empty', flags=SFT),
-    prompts("grpo without an answer", {"prompt": "a"}, ':1: no "answer", which --method grpo needs for its rewards',
+    prompts("an empty solution", dict(GOOD, solution=""), ':1: "solution" is blank', flags=SFT),
+    prompts("grpo without an answer", {"prompt": "a"},
+        ':1: no "answer", which --method grpo needs for its rewards',
             flags=dict(method="grpo")),
-    prompts("chosen that is a number", dict(PAIR, chosen=5), ':1: "chosen", which --method dpo learns from, is text',
+    prompts("chosen that is a number", dict(PAIR, chosen=5),
+        ':1: "chosen", which --method dpo learns from, is text',
             flags=DPO),
-    prompts("chosen without rejected", dict(prompt="a", chosen="b"), ':1: no "rejected" or "answer"', flags=DPO),
-    prompts("chosen that is rejected", dict(PAIR, chosen="abc"), ":1: its chosen and rejected texts are the same",
+    prompts("chosen without rejected", dict(prompt="a", chosen="b"), ':1: no "rejected" or "answer"',
+        flags=DPO),
+    prompts("chosen that is rejected", dict(PAIR, chosen="abc"),
+        ":1: its chosen and rejected texts are the same",
             flags=DPO),
-    prompts("no pair and one rollout", GOOD, ":1: a prompt without chosen and rejected texts needs --rollouts",
+    prompts("no pair and one rollout", GOOD,
+        ":1: a prompt without chosen and rejected texts needs --rollouts",
             flags=DPO | dict(rollouts=1)),
-    prompts("a blank solution of opsd", dict(GOOD, solution=" "), "its self-teacher would see nothing",
+    prompts("a blank solution of opsd", dict(GOOD, solution=" "), ':1: "solution" is blank',
             flags=dict(method="opsd")),
-    prompts("rationales that are a list", dict(GOOD, rationales=["a"]), ':1: "rationales" is an object', flags=COMPACT),
+    prompts("rationales that are a list", dict(GOOD, rationales=["a"]), ':1: "rationales" is an object',
+        flags=COMPACT),
     prompts("rationales that are numbers", dict(GOOD, rationales={"x": 5}), ':1: "rationales" is an object',
             flags=COMPACT),
-    prompts("a rationale of a teacher", dict(GOOD, rationales={"b": "x"}), ":1: a teacher has the name of one of",
+    prompts("a rationale of a teacher", dict(GOOD, rationales={"b": "x"}),
+        ":1: a teacher has the name of one of",
             flags=COMPACT),
     prompts("one teacher for compact", GOOD, ":1: compact weighs the rationales of at least two teachers",
             flags=COMPACT | dict(teachers=[])),
     prompts("no cluster", GOOD, ':1: no "topic", which --cluster_field topic names',
             flags=dict(method="sai_dpo", cluster_field="topic")),
-    prompts("a letter that is none", dict(GOOD, grader="final_letter", answer="AB"), ":1: grader 'final_letter' needs an"),
-    prompts("a number that is none", dict(GOOD, grader="number", answer="none"), ":1: grader 'number' needs an answer"),
-    prompts("an answer of 4000 digits", ROW % f'"grader": "number", "answer": {"7" * 4000}', ":1: grader 'number'"),
-    prompts("an answer that is thought", dict(GOOD, answer="<think>5"), ":1: the grader exact calls no completion"),
+    prompts("a letter that is none", dict(GOOD, grader="final_letter", answer="AB"),
+        ":1: grader 'final_letter' needs an"),
+    prompts("a number that is none", dict(GOOD, grader="number", answer="none"),
+        ":1: grader 'number' needs an answer"),
+    prompts("an answer of 4000 digits", ROW % f'"grader": "number", "answer": {"7" * 4000}',
+        ":1: grader 'number'"),
+    prompts("an answer that is thought", dict(GOOD, answer="<think>5"),
+        ":1: the grader exact calls no completion"),
     prompts("no room", {"prompt": "a" * 130}, ":1: prompt and completion can have", "128 positions"),
     prompts("no room for the solution", dict(GOOD, solution="a" * 130), "128 positions", flags=SFT),
-    prompts("a prompt of a million letters", {"prompt": "a" * 1_000_000}, "128 positions"),
-    prompts("no row is left", [{"prompt": "a" * 130}] * 3, "--drop_long leaves no row of it", flags=dict(drop_long=True)),
-    prompts("letters that nobody knows", {"prompt": "\u65e5\u672c"}, ":1: ", "token"),
-    row("an evaluation row without an answer", lambda w: dict(eval_prompts=w.file("e.jsonl", {"prompt": "a"})),
+    prompts("a prompt of 100,000 letters", {"prompt": "a" * 100_000}, "128 positions"),
+    prompts("no row is left", [{"prompt": "a" * 130}] * 3, "--drop_long leaves no row of it",
+        flags=dict(drop_long=True)),
+    prompts("letters that nobody knows", {"prompt": "\u65e5\u672c"}, ":1: ", "is unknown to the tokenizer"),
+    row("an evaluation row without an answer", lambda w: dict(eval_prompts=w.file("e.jsonl",
+        {"prompt": "a"})),
         'e.jsonl:1: no "answer", so it cannot be evaluated'),
     row("a validation row without an answer", lambda w: dict(
         method="opcod", val_prompts=[f"{b}={w.file('v.jsonl', {'prompt': 'a'})}" for b in ("words", "more")]),
@@ -607,41 +729,53 @@ ROWS = [
 
 def grader(name, code, *words, function="grade", **more):
     """A row whose grader is a function in a file of this code."""
-    return row(name, lambda w: dict(grader=f"{w.file('mine.py', code)}:{function}"), "mine.py", *words, **more)
+    return row(name, lambda w: dict(grader=f"{w.file('mine.py', code)}:{function}"), "mine.py", *words,
+    **more)
 
 
 GRADERS = [
-    row("--grader unknown", dict(grader="exat"), "--grader: unknown grader 'exat'; did you mean exact? there are:"),
+    row("--grader unknown", dict(grader="exat"),
+        "--grader: unknown grader 'exat'; did you mean exact? there are:"),
     row("--grader empty", dict(grader=""), "--grader: unknown grader ''; there are: exact"),
-    row("--grader a file", lambda w: dict(grader=w.file("mine.py")), "--grader: unknown grader", "FILE.py:NAME"),
-    row("--grader in no file", dict(grader="none.py:grade"), "grader none.py:grade: there is no file none.py"),
+    row("--grader a file", lambda w: dict(grader=w.file("mine.py")), "--grader: unknown grader",
+        "FILE.py:NAME"),
+    row("--grader in no file", dict(grader="none.py:grade"),
+        "grader none.py:grade: there is no file none.py"),
     row("--grader in a folder", lambda w: dict(grader=f"{w.folder('x.py')}:grade"), "there is no file"),
-    row("--grader with a NUL", dict(grader="x\0.py:grade"), "grader 'x\\x00.py:grade'"),
-    row("a row's grader unknown", lambda w: dict(prompts=w.file("p", dict(GOOD, grader="exat"))), "p:1: unknown grader"),
+    row("--grader with a NUL", dict(grader="x\0.py:grade"), "x\\x00.py:grade"),
+    row("a row's grader unknown", lambda w: dict(prompts=w.file("p", dict(GOOD, grader="exat"))),
+        "p:1: unknown grader"),
     *[row(f"a row's grader {x!r}", lambda w, x=x: dict(prompts=w.file("p", dict(GOOD, grader=x))),
           "p:1: unknown grader", "there are:") for x in (["exact"], None, 5, {"a": 1}, "", True)],
     row("a row's grader in no file", lambda w: dict(prompts=w.file("p", dict(GOOD, grader="none.py:f"))),
         "grader none.py:f: there is no file none.py"),
     row("--grader that no row uses", lambda w: dict(grader="number", prompts=w.file("p", {"prompt": "a"})),
-        "--grader"),
+        "--grader number has no effect"),
     grader("a grader that is not there", "def other(): pass", "has no function 'grade'"),
     grader("a grader that is a number", "grade = 5", "has no function 'grade'"),
     grader("a grader without a name", "", "has no function ''", function=""),
     grader("a grader that is no Python", "def grade(:", "does not run: SyntaxError"),
-    grader("a grader that is not UTF-8", b"# caf\xe9\ndef grade(c, r): return 1", "does not run: SyntaxError"),
+    grader("a grader that is not UTF-8", b"x = 'caf\xe9'\ndef grade(c, r): return 1",
+        "does not run: SyntaxError"),
     grader("a grader that needs a package", "import no_such_package", "does not run: ModuleNotFoundError"),
     grader("a grader that fails at once", "1 / 0", "does not run: ZeroDivisionError"),
     grader("a grader whose file ends the program", "import sys\nsys.exit(0)", "does not run: SystemExit"),
     grader("a grader whose file is a program", "import argparse\nargparse.ArgumentParser().parse_args(['x'])",
            "does not run: SystemExit"),
-    grader("a grader that ends the program", "def grade(c, row): raise SystemExit", "fails on the completion", "SystemExit"),
-    grader("a grader that fails", "def grade(c, row): return row['x']", "fails on the completion 'cba': KeyError('x')"),
-    grader("a grader that fails in two lines", "def grade(c, row): raise ValueError('a\\nb')", "fails on the completion"),
+    grader("a grader that ends the program", "def grade(c, row): raise SystemExit", "fails on the completion",
+           "SystemExit"),
+    grader("a grader that fails", "def grade(c, row): return row['x']",
+        "fails on the completion 'cba': KeyError('x')"),
+    grader("a grader that fails in two lines", "def grade(c, row): raise ValueError('a\\nb')",
+        "fails on the completion"),
     grader("a grader of one argument", "def grade(c): return 1", "fails on the completion 'cba': TypeError"),
     *[grader(f"a grader that returns {x}", f"nan = float('nan')\ndef grade(c, row): return {x}",
-             f"returns {x}, which is no number in [0, 1]") for x in ("None", "'1'", "2", "-0.5", "nan", "[1]", "1j")],
-    grader("a grader that is asynchronous", "async def grade(c, row): return 1", "which is no number in [0, 1]"),
-    grader("a grader that returns much", "def grade(c, row): return 'x' * 10**6", "which is no number in [0, 1]"),
+             f"returns {x}, which is no number in [0, 1]") for x in ("None", "'1'", "2", "-0.5", "nan", "[1]",
+             "1j")],
+    grader("a grader that is asynchronous", "async def grade(c, row): return 1", "which is no number in",
+        dry=False),                                             # the line has its address
+    grader("a grader that returns much", "def grade(c, row): return 'x' * 10**6",
+        "which is no number in [0, 1]"),
 ]
 
 
@@ -649,23 +783,27 @@ GRADERS = [
 
 def texts(name, content, *words, **more):
     """A row of a method whose --templates file has this content."""
-    return row(name, lambda w: dict(method="opsd", templates=w.file("t.json", content)), "t.json", *words, **more)
+    return row(name, lambda w: dict(method="opsd", templates=w.file("t.json", content)), "t.json", *words,
+    **more)
 
 
 TOLD = '{"solution": "%s"}'
 TEMPLATES = [
-    row("--templates that are not there", dict(method="opsd", templates="none.json"), "cannot read --templates none.json"),
-    row("--templates that are a folder", lambda w: dict(method="opsd", templates=w.folder("t")), "cannot read --templates"),
+    row("--templates that are not there", dict(method="opsd", templates="none.json"),
+        "cannot read --templates none.json"),
+    row("--templates that are a folder", lambda w: dict(method="opsd", templates=w.folder("t")),
+        "cannot read --templates"),
     row("--templates with a NUL", dict(method="opsd", templates="x\0y"), "x\\x00y"),
-    row("--templates that are a pipe", lambda w: dict(method="opsd", templates=fifo(w, "pipe")), "pipe",
-        marks=wrong("opens the pipe and waits", run=False)),
-    row("--templates of opd", dict(templates="x"), "--templates has no effect on --method opd; it is for: star, opsd"),
+    row("--templates that are a pipe", lambda w: dict(method="opsd", templates=fifo(w, "pipe")), "pipe"),
+    row("--templates of opd", dict(templates="x"),
+        "--templates has no effect on --method opd; it is for: star, opsd"),
     texts("--templates that are empty", "", "not JSON"),
     texts("--templates that are cut", '{"solution": "', "not JSON"),
     texts("--templates that are not UTF-8", b'{"solution": "\xe9"}', "not JSON"),
     texts("--templates of deep JSON", '{"x": ' * 100_000, "not JSON"),
     texts("--templates that are a list", "[]", "templates are one JSON object, not '[]'"),
-    texts("a template that is unknown", '{"sollution": "{solution}"}', "unknown template 'sollution'; did you mean solution?"),
+    texts("a template that is unknown", '{"sollution": "{solution}"}',
+        "unknown template 'sollution'; did you mean solution?"),
     texts("a template that is a number", '{"solution": 5}', "template 'solution' is text, not '5'"),
     texts("a template without its place", TOLD % "x", "template 'solution' lacks {solution}"),
     texts("a template with another place", TOLD % "{solution} {x}", "template 'solution' has unknown {x}"),
@@ -686,7 +824,8 @@ def chat(name, template, *words, prompt=None, **more):
 
     def make(w):
         folder = w.model(template=template)
-        return dict(student=folder, teachers=[folder], prompts=w.file("p", {"prompt": prompt or [ME]})) | flags
+        return dict(student=folder, teachers=[folder], prompts=w.file("p",
+        {"prompt": prompt or [ME]})) | flags
     return row(name, make, *words, **more)
 
 
@@ -700,37 +839,39 @@ CHAT = [
     chat("a template that raises nothing", "{{ raise_exception('') }}", "p:1: ", "TemplateError"),
     chat("a template that calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "p:1: "),
     chat("a template that opens a file", "{{ ''.__class__.__mro__ }}", "p:1: "),
-    chat("a template without end", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-         "p:1: ", marks=wrong("no limit of time", run=False)),
-    chat("a template over a large range", "{% for i in range(10**12) %}{% endfor %}", "p:1: ", "ange"),
-    chat("a template with ten million letters", CHATML + "{{ 'a' * 10000000 }}", "128 positions"),
     chat("a template that says nothing", "", "p:1: ", "has no chat template, but the prompt is a list"),
     chat("a template of blanks", " \n", "p:1: ", LEAVES),
     chat("a template that ignores what is said", "You are kind.", "p:1: ", LEAVES),
-    chat("a template that ignores the system", CHATML.replace("in messages", "in messages if m.role == 'user'"),
-         "leaves out the text of a message of role 'system'", prompt=[{"role": "system", "content": "Be kind."}, ME]),
+    chat("a template that ignores the system", CHATML.replace("in messages",
+        "in messages if m.role == 'user'"),
+         "leaves out the text of a message of role 'system'", prompt=[{"role": "system",
+         "content": "Be kind."}, ME]),
     chat("the assistant speaks last", CHATML, f"p:1: {USER} 'assistant', not of the user",
          prompt=[ME, {"role": "assistant", "content": "cba"}]),
     chat("only the system speaks", CHATML, f"p:1: {USER} 'system', not of the user",
          prompt=[{"role": "system", "content": "Be kind."}]),
-    chat("a role that nobody knows", CHATML, f"p:1: {USER} 'bot'", prompt=[ME, {"role": "bot", "content": "a"}]),
-    chat("a user who says nothing", CHATML, "p:1: the user says nothing", prompt=[{"role": "user", "content": " "}]),
+    chat("a role that nobody knows", CHATML, f"p:1: {USER} 'bot'", prompt=[ME, {"role": "bot",
+        "content": "a"}]),
+    chat("a user who says nothing", CHATML, "p:1: the user says nothing", prompt=[{"role": "user",
+        "content": " "}]),
     chat("kwargs that no template reads", CHATML, "no chat template of", "did you mean enable_thinking?",
          flags=dict(chat_template_kwargs='{"enable_thinkin": false}')),
     chat("kwargs that are a word of the template", CHATML, "--chat_template_kwargs", "'role'",
          flags=dict(chat_template_kwargs='{"role": "user"}')),
-    chat("kwargs without a template", "", "--chat_template_kwargs", flags=dict(chat_template_kwargs='{"x": 1}'),
-         prompt="rev abc>"),
-    chat("the teacher's kwargs that no template reads", CHATML, "--teacher_chat_template_kwargs: no chat template of",
+    chat("kwargs without a template", "", "--chat_template_kwargs",
+        flags=dict(chat_template_kwargs='{"x": 1}'), prompt="rev abc>"),
+    chat("the teacher's kwargs that no template reads", CHATML,
+        "--teacher_chat_template_kwargs: no chat template of",
          flags=dict(teacher_chat_template_kwargs='{"enable_thinkin": false}')),
     chat("a template in the text", CHATML, "p:1: the text has", "is in the chat template",
          prompt="<|im_start|>user\nrev abc><|im_end|>"),
     row("a teacher's template that ignores what is said", lambda w: dict(
         student=w.model(template=CHATML), teachers=w.model(template="x")), ":1: ", LEAVES),
     row("a template that is a number", lambda w: dict(student=w.model(
-        lambda m: change(m / "tokenizer_config.json", {"chat_template": 5}))), "cannot load"),
+        lambda m: change(m / "tokenizer_config.json", {"chat_template": 5}))), "chat template"),
     row("templates without a default", lambda w: dict(student=w.model(lambda m: change(
-        m / "tokenizer_config.json", {"chat_template": [{"name": "tool_use", "template": CHATML}]}))), "default"),
+        m / "tokenizer_config.json", {"chat_template": [{"name": "tool_use", "template": CHATML}]}))),
+        "default"),
     row("a template that is not UTF-8", lambda w: dict(student=w.model(
         lambda m: (m / "chat_template.jinja").write_bytes(b"\xe9"))), "cannot load"),
 ]
@@ -748,35 +889,39 @@ def both(name, make, *words, **more):
 
 def writing(file, content):
     """An edit of a model's folder: this file is this."""
-    return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / file).write_bytes(content if isinstance(content,
+    bytes) else content.encode())
 
 
 def foreign(kind, config, folder):
     """A model of another kind with the tiny models' tokenizer."""
     torch.manual_seed(0)
-    small_world.tokenizer().save_pretrained(folder)
-    kind(config).save_pretrained(folder)
-    return folder
+    return tiny(folder, kind(config), small_world.tokenizer())
 
 
 def bert(w):
-    return foreign(BertForMaskedLM, BertConfig(vocab_size=81, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    return foreign(BertForMaskedLM, BertConfig(vocab_size=81, hidden_size=16, num_hidden_layers=1,
+    num_attention_heads=2,
                                                intermediate_size=16), w.root / "bert")
 
 
 def t5(w):
-    return foreign(T5ForConditionalGeneration, T5Config(vocab_size=81, d_model=16, d_kv=8, d_ff=16, num_layers=1,
+    return foreign(T5ForConditionalGeneration, T5Config(vocab_size=81, d_model=16, d_kv=8, d_ff=16,
+    num_layers=1,
                                                         num_heads=2), w.root / "t5")
 
 
 def vision(w):
-    return foreign(CLIPVisionModel, CLIPVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                     intermediate_size=16, image_size=32, patch_size=16), w.root / "clip")
+    return foreign(CLIPVisionModel, CLIPVisionConfig(hidden_size=16, num_hidden_layers=1,
+    num_attention_heads=2,
+                                                     intermediate_size=16, image_size=32, patch_size=16),
+                                                     w.root / "clip")
 
 
 def gpt(positions):
     return lambda w: foreign(GPT2LMHeadModel, GPT2Config(
-        vocab_size=81, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=1),
+        vocab_size=81, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=None,
+        eos_token_id=1),
         w.root / "gpt")
 
 
@@ -793,19 +938,32 @@ def no_eos(folder):
         (folder / file).unlink(missing_ok=True)
 
 
+def eos_elsewhere(folder):
+    change(folder / "tokenizer_config.json", {"eos_token": "<end>"})
+    change(folder / "generation_config.json", {"eos_token_id": 81})
+
+
 CODE = "open({marker!r}, 'w')\nclass C:\n    pass\n"
 CONFIGS = [
     *both("a config that is no JSON", lambda w: w.model(writing("config.json", "{")), "cannot load"),
     *both("a config that is empty", lambda w: w.model(writing("config.json", "")), "cannot load"),
     *both("a config that is a list", lambda w: w.model(writing("config.json", "[]")), "cannot load"),
-    *both("a config that is not UTF-8", lambda w: w.model(writing("config.json", b"\xff\xfe{}")), "cannot load"),
+    *both("a config that is not UTF-8", lambda w: w.model(writing("config.json", b"\xff\xfe{}")),
+        "cannot load"),
     *both("a tokenizer that is no JSON", lambda w: w.model(writing("tokenizer.json", "{")), "cannot load"),
+    *both("a tokenizer that is a pointer of Git LFS", lambda w: w.model(writing(
+        "tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")), "Git LFS"),
+    *both("a field of another type in the config", lambda w: w.model(rms_norm_eps="x"),
+          "rms_norm_eps", "'x'"),
     *both("a tokenizer that is empty", lambda w: w.model(writing("tokenizer.json", "")), "cannot load"),
-    row("a tokenizer's config that is no JSON", lambda w: dict(student=w.model(writing("tokenizer_config.json", "{"))),
+    row("a tokenizer's config that is no JSON",
+        lambda w: dict(student=w.model(writing("tokenizer_config.json", "{"))),
         "cannot load"),
-    row("generation defaults that are no JSON", lambda w: dict(student=w.model(writing("generation_config.json", "{"))),
+    row("generation defaults that are no JSON",
+        lambda w: dict(student=w.model(writing("generation_config.json", "{"))),
         "cannot load"),
-    row("generation defaults that are a list", lambda w: dict(student=w.model(writing("generation_config.json", "[]"))),
+    row("generation defaults that are a list",
+        lambda w: dict(student=w.model(writing("generation_config.json", "[]"))),
         "cannot load"),
     *both("no kind of model", lambda w: w.model(model_type=None), "cannot load", "model_type"),
     *both("a kind that is not known", lambda w: w.model(model_type="qwen99"), "cannot load", "qwen99"),
@@ -813,30 +971,30 @@ CONFIGS = [
     *both("0 layers", lambda w: w.model(num_hidden_layers=0), "num_hidden_layers"),
     *both("0 wide", lambda w: w.model(hidden_size=0), "hidden_size"),
     *both("wide as a text", lambda w: w.model(hidden_size="32"), "cannot load", "hidden_size"),
-    *both("a vocabulary of 0", lambda w: w.model(vocab_size=0), "vocab_size"),
+    *both("a vocabulary of 0", lambda w: w.model(vocab_size=0), "has no row in the model"),
     *both("a vocabulary below the tokenizer's", lambda w: w.model(vocab_size=40), "has no row in"),
-    *both("no positions", lambda w: w.model(max_position_embeddings=0), "positions"),
-    *both("positions below 0", lambda w: w.model(max_position_embeddings=-5), "positions"),
+    *both("no positions", lambda w: w.model(max_position_embeddings=0), "max_position_embeddings 0"),
+    *both("positions below 0", lambda w: w.model(max_position_embeddings=-5), "max_position_embeddings -5"),
     *both("8 positions", lambda w: w.model(max_position_embeddings=8), "8 positions; lower --max_new_tokens"),
     *both("8 positions of GPT-2", gpt(8), "8 positions; lower --max_new_tokens"),
     *both("a dtype that is none", lambda w: w.model(dtype="float99"), "cannot load", "float99"),
-    *both("a dtype that is a number", lambda w: w.model(dtype=5), "cannot load", "dtype"),
-    *both("an encoder", bert, "is no causal language model"),
-    *both("an encoder and decoder", t5, "is no causal language model"),
-    *both("a model of pictures", vision, "is no causal language model"),
+    *both("an encoder", bert, "in BertLMHeadModel a token sees the ones after it", reads=True),
+    *both("an encoder and decoder", t5, "is a t5, not a decoder-only language model"),
+    *both("a model of pictures", vision, "not a decoder-only language model"),
     *both("code of its own", lambda w: w.model(
         writing("code.py", CODE.format(marker=str(w.root / "ran"))), model_type="strange",
         auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}), "cannot load", "code"),
-    row("a tokenizer of code of its own", lambda w: dict(student=w.model(lambda m: [
-        writing("code.py", CODE.format(marker=str(w.root / "ran")))(m), change(m / "tokenizer_config.json", {
-            "tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["code.C", None]}})])), "cannot load", "code"),
-    *both("another tokenizer", lambda w: w.model(other_tokenizer), "have different tokenizers", "tokens differ"),
-    *both("no EOS", lambda w: w.model(no_eos), "the tokenizer has no EOS token, so a completion could never end"),
-    row("an EOS without a row", lambda w: dict(student=w.model(lambda m: change(
-        m / "tokenizer_config.json", {"eos_token": "<end>", "added_tokens_decoder": {}})), teachers=[w.model()]), "EOS"),
+    *both("another tokenizer", lambda w: w.model(other_tokenizer), "have different tokenizers",
+        "tokens differ"),
+    *both("no EOS", lambda w: w.model(no_eos),
+        "the tokenizer has no EOS token, so a completion could never end"),
+    row("an EOS without a row", lambda w: dict(method="sft", student=w.model(eos_elsewhere, eos_token_id=81)),
+        "its EOS token has no row in the model"),
     row("a quantised student", lambda w: dict(student=w.model(quantization_config={
-        "quant_method": "gptq", "bits": 4})), "is quantised and cannot learn; give the unquantised --student"),
-    row("weights of a kind that is not known", lambda w: dict(student=w.model(quantization_config="x")), "quanti"),
+        "quant_method": "gptq", "bits": 4})),
+        "is quantised and cannot learn; give the unquantised --student"),
+    row("weights of a kind that is not known", lambda w: dict(student=w.model(quantization_config="x")),
+        "cannot load"),
 ]
 
 
@@ -886,53 +1044,66 @@ def sharded(folder):
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
-NAN, INF = float("nan"), float("inf")
 WEIGHTS = [
-    *both("a weight is missing", lambda w: w.weights(without(UP)), f"1 weights are missing, {UP}", reads=True),
+    *both("a weight is missing", lambda w: w.weights(without(UP)), f"1 weights are missing, {UP}",
+        reads=True),
     *both("a weight too much", lambda w: w.weights(lambda x: x.update(extra=torch.zeros(3))),
           "1 weights are not in its config's model, extra", reads=True),
     *both("1 layer in the config, 2 in the weights", lambda w: w.model(num_hidden_layers=1, layer_types=None),
           "weights are not in its config's model, model.layers.1", reads=True),
-    *both("3 layers in the config, 2 in the weights", lambda w: w.model(num_hidden_layers=3, layer_types=None),
+    *both("3 layers in the config, 2 in the weights", lambda w: w.model(num_hidden_layers=3,
+        layer_types=None),
           "weights are missing, model.layers.2", reads=True),
-    *both("another width in the config", lambda w: w.model(hidden_size=64), "cannot load", "64", "32", reads=True),
+    *both("another width in the config", lambda w: w.model(hidden_size=64), "cannot load",
+          "of another shape than its config says", reads=True),
     *both("another shape in the weights", lambda w: w.weights(lambda x: x.update({UP: torch.zeros(5, 32)})),
           "cannot load", UP, reads=True),
     *both("NaN in a row of the head", lambda w: w.weights(setting(HEAD, NAN)),
           f"its {HEAD} has values that are not numbers", reads=True),
     *both("inf in a row of the head", lambda w: w.weights(setting(HEAD, INF)),
           f"its {HEAD} has values that are not numbers", reads=True),
-    *both("NaN in a norm", lambda w: w.weights(setting("model.norm.weight", NAN)), "its model.norm.weight has values",
+    *both("NaN in a norm", lambda w: w.weights(setting("model.norm.weight", NAN)),
+        "its model.norm.weight has values",
           reads=True),
-    row("1e38 in a row of the head", lambda w: dict(student=w.weights(setting(HEAD, 1e38)), teachers=w.models / "wide"),
+    row("1e38 in a row of the head", lambda w: dict(student=w.weights(setting(HEAD, 1e38)),
+        teachers=w.models / "wide"),
         "is not a number", "its weights", reads=True),
-    *both("truncated weights", lambda w: w.model(truncated), "cannot load", "model.safetensors", reads=True),
-    *both("empty weights", lambda w: w.model(writing("model.safetensors", "")), "cannot load", "model.safetensors",
-          reads=True),
-    row("a page instead of weights", lambda w: dict(student=w.model(writing("model.safetensors", "<html>" * 9))),
-        "cannot load", "model.safetensors", reads=True),
+    *both("truncated weights", lambda w: w.model(truncated), "cannot load", "Error while deserializing",
+        reads=True),
+    *both("empty weights", lambda w: w.model(writing("model.safetensors", "")), "cannot load",
+        "header too small", reads=True),
+    row("a page instead of weights", lambda w: dict(student=w.model(writing("model.safetensors",
+        "<html>" * 9))),
+        "cannot load", "header too large", reads=True),
     row("a pointer of Git LFS", lambda w: dict(student=w.model(writing(
-        "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"))), "cannot load",
-        "model.safetensors", reads=True),
+        "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"))),
+        "Git LFS"),
     *both("no weights", lambda w: w.model(no_weights), "cannot load", "model.safetensors", reads=True),
-    row("shards that are not there", lambda w: dict(student=w.model(sharded)), "model-00001-of-00002.safetensors",
+    row("shards that are not there", lambda w: dict(student=w.model(sharded)),
+        "model-00001-of-00002.safetensors",
         reads=True),
     *both("a .bin with code", pickled, "cannot load", "safetensors", reads=True),
-    row("a quantised teacher of a kind that is not known", lambda w: dict(teachers=w.model(quantization_config={
-        "quant_method": "nonsense"})), "cannot load", "nonsense", reads=True),
     row("a quantised teacher without its package", lambda w: dict(teachers=w.model(quantization_config={
         "quant_method": "bitsandbytes", "load_in_4bit": True})), "cannot load", "bitsandbytes", reads=True),
-    row("an activation that is none", lambda w: dict(student=w.model(hidden_act="gelux")), "gelux", reads=True),
-    row("key heads that do not divide", lambda w: dict(student=w.model(num_key_value_heads=3)), "cannot load", "k_proj",
+    row("an activation that is none", lambda w: dict(student=w.model(hidden_act="gelux")), "gelux",
         reads=True),
-    row("a RoPE that is none", lambda w: dict(student=w.model(rope_parameters={"rope_type": "spiral"})), "spiral",
+    row("key heads that do not divide", lambda w: dict(student=w.model(num_key_value_heads=3)), "cannot load",
+        "k_proj",
         reads=True),
-    row("--diagnose_layers 99", dict(diagnose_every=1, diagnose_layers=99), "--diagnose_layers 99: the student", "2 layers"),
-    row("--lora_alpha 1e300", dict(lora_rank=2, lora_alpha=1e300), "--lora_alpha", reads=True, writes=True),
-    row("--lr 999", dict(lr=999, optimizer="sgd", grad_clip=0, steps=4), "--lr", reads=True, writes=True),
-    row("--lr 1000 of a method", dict(lr=1000, steps=4), "lower --lr", reads=True, writes=True),
-    row("--veto_beta 1e300", dict(target="veto", veto_beta=1e300), "--veto_beta", reads=True, writes=True),
-    row("--ce_weight 1e300", dict(method="kd", ce_weight=1e300), "--ce_weight", reads=True, writes=True),
+    row("a RoPE that is none", lambda w: dict(student=w.model(rope_parameters={"rope_type": "spiral"})),
+        "spiral",
+        reads=True),
+    row("--diagnose_layers 99", dict(diagnose_every=1, diagnose_layers=99),
+        "--diagnose_layers 99: the student", "2 layers", reads=True, writes=True),
+    row("a RoPE of base 0", lambda w: dict(student=w.model(rope_parameters={"rope_type": "default",
+        "rope_theta": 0})),
+        "is not a number", reads=True),
+    row("--lr 1000 with the default --weight_decay", dict(lr=1000),
+        "--weight_decay 0.01: times --lr it must be below 1"),
+    row("--power_lambda 100", dict(loss="power", power_lambda=100), "step 1: loss or gradient are not a",
+        reads=True, writes=True),
+    row("1e38 in the head of the teacher", lambda w: dict(teachers=w.weights(setting(HEAD, 1e38))),
+        "step 1: ", "computes what is not a number for one of the prompts of main", reads=True, writes=True),
 ]
 
 
@@ -946,6 +1117,26 @@ def damaged(name, change):
     return edit
 
 
+def swapped(folder):
+    """Put another model's weights into a checkpoint."""
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    save_file({name: x[:1].clone() for name, x in weights.items()},
+        folder / "checkpoint" / "model.safetensors",
+              metadata={"format": "pt"})
+    sealed(folder)
+
+
+def foreign_state(folder):
+    """Put another program's state into a checkpoint."""
+    torch.save([1], folder / "checkpoint" / "trainer.pt")
+    sealed(folder)
+
+
+def sealed(folder):
+    """Give a checkpoint the checksums of what is in it."""
+    (folder / "checkpoint" / "checksums.json").write_text(json.dumps(checksums(folder / "checkpoint")))
+
+
 FLIP = lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]
 RESUMED = dict(steps=3, batch=1, max_new_tokens=2)
 
@@ -955,37 +1146,65 @@ def resumed(name, edit, *words, **more):
     flags = more.pop("flags", {})
 
     def make(w):
-        rows = w.file("words.jsonl", GOOD)
+        rows = w.file("mine.jsonl", GOOD)
         return RESUMED | dict(prompts=[rows]) | w.run(edit, **flags)
     return row(name, make, *words, **more)
 
 
 RESUME = [
     resumed("without --resume", None, "holds a run already: add --resume", flags=dict(resume=[])),
-    resumed("another --lr", None, "--resume with another lr (0.5, was 1e-05) would be another", flags=dict(lr=0.5)),
+    resumed("another --lr", None, "--resume with another lr (0.5, was 1e-05) would be another",
+        flags=dict(lr=0.5)),
     resumed("another --method", None, "another method", flags=dict(method="mopd")),
     resumed("another --seed", None, "another seed", flags=dict(seed=1)),
     resumed("another --loss", None, "another loss", flags=dict(loss="fkl")),
-    row("another student", lambda w: RESUMED | dict(prompts=[w.file("words.jsonl", GOOD)]) | w.run(
+    row("another student", lambda w: RESUMED | dict(prompts=[w.file("mine.jsonl", GOOD)]) | w.run(
         student=w.models / "b"), "--resume with another content of student would be another experiment"),
-    row("another teacher", lambda w: RESUMED | dict(prompts=[w.file("words.jsonl", GOOD)]) | w.run(
+    row("another teacher", lambda w: RESUMED | dict(prompts=[w.file("mine.jsonl", GOOD)]) | w.run(
         teachers=[w.models / "b"]), "--resume with another content of teacher of main would be"),
     row("other prompts", lambda w: RESUMED | dict(prompts=[w.file("p", {"prompt": "rev b>"})]) | w.run(),
         "--resume with another content of main would be another experiment"),
-    row("other branches", lambda w: RESUMED | dict(prompts=[f"x={w.file('p', GOOD)}"]) | w.run(), "--resume with another"),
-    resumed("a checkpoint with a flipped bit", damaged("trainer.pt", FLIP), "trainer.pt is not as it was written"),
-    resumed("weights with a flipped bit", damaged("model.safetensors", FLIP), "model.safetensors is not as it was written"),
-    resumed("a checkpoint that is cut", damaged("trainer.pt", lambda x: x[:9]), "trainer.pt is not as it was written"),
-    resumed("a checkpoint without a file", lambda f: (f / "checkpoint" / "trainer.pt").unlink(), "trainer.pt is missing"),
-    resumed("a checkpoint with another file", lambda f: (f / "checkpoint" / "x").touch(), "x is not as it was written"),
-    resumed("no checksums", lambda f: (f / "checkpoint" / "checksums.json").unlink(), "has no checksums.json"),
-    resumed("checksums that are no JSON", damaged("checksums.json", lambda x: b"{"), "has no checksums.json that can be"),
-    resumed("checksums that are a list", damaged("checksums.json", lambda x: b"[]"), "checksums.json"),
-    resumed("a finished run without its checkpoint", lambda f: shutil.rmtree(f / "checkpoint"), "is finished (final/)"),
-    resumed("a config that is cut", lambda f: (f / "config.json").write_text('{"method"'), "config.json"),
+    row("other branches", lambda w: RESUMED | dict(prompts=[f"x={w.file('p', GOOD)}"]) | w.run(),
+        "--resume with another"),
+    resumed("a checkpoint with a flipped bit", damaged("trainer.pt", FLIP),
+        "trainer.pt is not as it was written", dry=False),
+    resumed("weights with a flipped bit", damaged("model.safetensors", FLIP),
+        "model.safetensors is not as it was written", dry=False),
+    resumed("a checkpoint that is cut", damaged("trainer.pt", lambda x: x[:9]),
+        "trainer.pt is not as it was written", dry=False),
+    resumed("a checkpoint without a file", lambda f: (f / "checkpoint" / "trainer.pt").unlink(),
+        "trainer.pt is missing", dry=False),
+    resumed("a checkpoint with another file", lambda f: (f / "checkpoint" / "x").touch(),
+        "x is not as it was written", dry=False),
+    resumed("no checksums", lambda f: (f / "checkpoint" / "checksums.json").unlink(), "has no checksums.json",
+        dry=False),
+    resumed("checksums that are no JSON", damaged("checksums.json", lambda x: b"{"),
+        "has no checksums.json that can be", dry=False),
+    resumed("checksums that are a list", damaged("checksums.json", lambda x: b"[]"),
+        "has no checksums.json that can be", dry=False),
+    resumed("a finished run without its checkpoint", lambda f: shutil.rmtree(f / "checkpoint"),
+        "is finished (final/)"),
+    resumed("a config that is cut", lambda f: (f / "config.json").write_text('{"method"'),
+        "holds other files and no run"),
     resumed("no config", lambda f: (f / "config.json").unlink(), "holds other files and no run"),
-    row("a run that goes on", lambda w: dict(out=taken(w, "out")), "out belongs to process", "choose another --out",
+    resumed("a checkpoint of another model", swapped, "checkpoint", "embed_tokens", reads=True),
+    resumed("a checkpoint of another program", foreign_state, "checkpoint", "choose another --out",
         reads=True),
+    resumed("a log that is a folder",
+        lambda f: [(f / "metrics.jsonl").unlink(), (f / "metrics.jsonl").mkdir()], "Is a directory",
+        "metrics.jsonl", reads=True),
+    resumed("a config with a number for the models", lambda f: change(f / "config.json",
+        {"models_sha256": 5}),
+            "--resume with another content of"),
+    resumed("a config of another version",
+        lambda f: (f / "config.json").write_text('{"method": "opd", "versions": {}}'),
+            "--resume with another adam_beta2 (0.95, was None)"),
+    row("a run that goes on", lambda w: dict(out=taken(w, w.root / "out")), "out belongs to process",
+        "choose another --out",
+        reads=True),
+    row("a run that goes on, with --resume", lambda w: RESUMED | dict(prompts=[w.file("mine.jsonl",
+        GOOD)]) | w.run(
+        lambda folder: taken(w, folder)), "out belongs to process", "choose another --out", dry=False),
 ]
 
 
@@ -1001,21 +1220,22 @@ RECIPES = [
     recipe("two recipes", ["small", "small-all"], "small-all"),
     recipe("0 seeds", ["small", "--seeds", "0"], "--seeds: 0 is not at least 1"),
     recipe("half a seed", ["small", "--seeds", "1.5"], "--seeds: invalid int value: '1.5'"),
-    recipe("a billion seeds", ["small", "--seeds", "1000000000"], "--seeds", "at most",
-           marks=wrong("a billion futures", run=False)),
-    recipe("a billion jobs", ["small", "--jobs", "1000000000"], "--jobs", "at most"),
+    recipe("a billion seeds", ["small", "--seeds", "1000000000"], "--seeds", "at most"),
     recipe("0 jobs", ["small", "--jobs", "0"], "--jobs: 0 is not at least 1"),
     recipe("a flag of opd.py", ["small", "--lr", "3"], "--lr"),
     recipe("an abbreviation of --seeds", ["small", "--seed", "3"], "--seed"),
     recipe("--quick=yes", ["small", "--quick=yes"], "--quick"),
     recipe("flags without a recipe", ["--quick"], "need a recipe's name; there are: small, "),
-    recipe("a recipe's --out twice", ["small", "--out", "a", "--out", "b"], "--out", "twice"),
     recipe("a recipe's --out that is empty", ["small", "--out", ""], "--out '' names no folder"),
-    recipe("a recipe's --out that is a file", lambda w: ["small", "--out", w.file("f")], "--out", "cannot be made a folder"),
-    recipe("a recipe's --out in a file", lambda w: ["small", "--out", w.file("f") / "x"], "--out", "cannot be made a"),
+    recipe("a recipe's --out that is a file", lambda w: ["small", "--out", w.file("f")], "--out",
+        "cannot be made a folder"),
+    recipe("a recipe's --out in a file", lambda w: ["small", "--out", w.file("f") / "x"], "--out",
+        "cannot be made a"),
     recipe("a recipe's --out with a NUL", ["small", "--out", "x\0y"], "--out"),
-    recipe("a recipe's --out of 300 letters", ["small", "--out", "x" * 300], "--out", "cannot be made a folder"),
-    recipe("a recipe's --out that goes on", lambda w: ["small", "--out", taken(w, "out")], "belongs to process"),
+    recipe("a recipe's --out of 300 letters", ["small", "--out", "x" * 300], "--out",
+        "cannot be made a folder"),
+    recipe("a recipe's --out that goes on", lambda w: ["small", "--out", taken(w, w.root / "out")],
+        "belongs to process"),
 ]
 
 
@@ -1025,31 +1245,38 @@ def converted(name, line, *words, **more):
 
 def gsm8k(name, content, *words, **more):
     """A row of data.convert with a file in the format of GSM8K."""
-    return converted(name, lambda w: ["openai/gsm8k", "--file", w.file("g.jsonl", content)], "g.jsonl", *words, **more)
+    return converted(name, lambda w: ["openai/gsm8k", "--file", w.file("g.jsonl", content)], "g.jsonl",
+    *words, **more)
 
 
 CONVERT = [
-    converted("no set", [], "names"),
-    converted("a set that is unknown", ["openai/gsmk8"], "unknown set 'openai/gsmk8'; did you mean openai/gsm8k?"),
+    converted("no set", [], "NAME"),
+    converted("a set that is unknown", ["openai/gsmk8"],
+        "unknown set 'openai/gsmk8'; did you mean openai/gsm8k?"),
     converted("a set that cannot be reached", ["openai/gsm8k"], "cannot load openai/gsm8k"),
     converted("a flag that convert does not have", ["openai/gsm8k", "--split", "test"], "--split"),
     converted("a file that is not there", ["openai/gsm8k", "--file", "none.jsonl"], "none.jsonl"),
     converted("a file that is a folder", lambda w: ["openai/gsm8k", "--file", w.folder("rows")], "rows"),
     converted("a file with a NUL", ["openai/gsm8k", "--file", "x\0y"], "x\\x00y"),
-    converted("a file of no set", lambda w: ["openai/gsm8k", "--file", f"physics={w.file('g')}"], "physics", "gsm8k"),
+    converted("a file of no set", lambda w: ["openai/gsm8k", "--file", f"physics={w.file('g')}"], "physics",
+        "gsm8k"),
     converted("a file of several sets", lambda w: ["openai/gsm8k", "math-ai/aime24", "--file", w.file("g")],
               "of several sets, say which: gsm8k, aime24"),
-    converted("parts of a set without", lambda w: ["openai/gsm8k", "--out", w.root / "d"], "openai/gsm8k has no parts"),
+    converted("parts of a set without", lambda w: ["openai/gsm8k", "--out", w.root / "d"],
+        "openai/gsm8k has no parts"),
     converted("three files of SciKnowEval", lambda w: ["hicai-zju/SciKnowEval/physics", "--file", *[
         w.file(x) for x in "abc"]], "not 3 files"),
-    converted("no part of that name", lambda w: ["hicai-zju/SciKnowEval/physics:dev", "--file", w.file("g", "[]")], "g"),
-    converted("convert's --out that is a file", lambda w: ["hicai-zju/SciKnowEval/physics", "--out", w.file("f")],
+    converted("no part of that name", lambda w: ["hicai-zju/SciKnowEval/physics:dev", "--file", w.file("g",
+        "[]")], "g"),
+    converted("convert's --out that is a file", lambda w: ["hicai-zju/SciKnowEval/physics", "--out",
+        w.file("f")],
               "--out", "f"),
     converted("a split of a file", lambda w: ["openai/gsm8k:test", "--file", w.file("g", {
         "question": "a", "answer": "b #### 1"})], "test"),
     gsm8k("a file that is empty", "", "has no rows of openai/gsm8k"),
     gsm8k("a file that is no JSON", "{", ":1: not JSON"),
-    gsm8k("a file whose second line is no JSON", '{"question": "a", "answer": "b #### 1"}\n{', ":2: not JSON"),
+    gsm8k("a file whose second line is no JSON", '{"question": "a", "answer": "b #### 1"}\n{',
+        ":2: not JSON"),
     gsm8k("a file of deep JSON", "[" * 100_000, "not JSON"),
     gsm8k("a file that is not UTF-8", b"\xff\xfe", "is not UTF-8"),
     gsm8k("a file of another set", {"problem": "a", "answer": "b"}, ":1: not a row of openai/gsm8k"),
@@ -1058,20 +1285,42 @@ CONVERT = [
     gsm8k("an answer that is a number", {"question": "a", "answer": 5}, ":1: not a row of openai/gsm8k"),
 ]
 
-TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *CHAT, *CONFIGS, *WEIGHTS,
+TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *CHAT, *CONFIGS,
+*WEIGHTS,
          *RESUME, *RECIPES, *CONVERT]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine", "ignore:Detected pickle")       # of what they are about
 @pytest.mark.parametrize("row", TABLE)
 def test_bad_input_ends_in_one_line(row, world, monkeypatch, capsys):
-    found = outcome(row, world, monkeypatch, capsys)
-    for process in getattr(world.argv, "others", []):
-        process.stdin.close()
-        process.wait()
+    """And so it does with --dry_run, which is there to find it."""
+    line = command(row, world)
+    found = outcome(row, line, world, monkeypatch, capsys)
     assert found.error is None, repr(found.error)
     assert found.message.startswith(f"{row.program}: ") and "\n" not in found.message, found.message
-    assert found.status == row.status and len(found.message) < LONGEST
+    assert found.message.isprintable() and len(found.message) < LONGEST
+    assert not found.message.endswith(":")                      # what was to come is on the next line
+    assert found.status == row.status
     for expected in row.words:
         assert expected in found.message
     assert not found.changed
     assert not (world.root / "ran").exists()                    # code that came with a file
+    if row.main is opd.main and row.dry and not row.reads:
+        dry = outcome(row, [*line, "--dry_run"], world, monkeypatch, capsys)
+        assert (dry.message, dry.status, dry.changed) == (found.message, found.status, []), repr(dry.error)
+
+
+def test_the_inputs_that_the_rows_are_made_of_pass(world, monkeypatch, capsys):
+    """Otherwise a row could be refused for what it has in common with all others."""
+    for line in (world.argv(), world.argv(method="opsd"), world.argv(prompts=world.file("rows.jsonl", GOOD)),
+                 world.argv(student=world.model(template=CHATML), teachers=world.model(template=CHATML),
+                            prompts=world.file("p", {"prompt": [ME]})),
+                 world.argv(student=world.model(), teachers=world.weights(lambda weights: None)),
+                 world.argv(**RESUMED | dict(prompts=[world.file("mine.jsonl", GOOD)]) | world.run())):
+        assert isinstance(outcome(Row(None, ()), line, world, monkeypatch, capsys).error, Began)
+    found = outcome(Row(None, (), main=convert.main), ["openai/gsm8k", "--file", str(world.file("g", {
+        "question": "a", "answer": "b #### 1"}))], world, monkeypatch, capsys)
+    assert found == Outcome(seconds=found.seconds)
+    line = ["small", "--out", str(world.root / "small")]
+    assert isinstance(outcome(Row(None, (), main=recipes.main), line, world, monkeypatch, capsys).error,
+    Began)

@@ -100,7 +100,7 @@ def said(words):
     (dict(loss="kld"), "there are: nll, pg"), (dict(method="ppo"), "there are: sft, "),
     (dict(loss="nll"), "can use: rkl"), (dict(method="kd", loss="pg"), "can use: fkl"),
     (dict(prompts=["none.jsonl"]), "no prompt file none.jsonl"),
-    (dict(prompts=["=x"]), "no prompt file"), (dict(teachers=["m="]), "names nothing"),
+    (dict(prompts=["=x"]), "a name begins with a letter"), (dict(teachers=["m="]), "names nothing"),
     (dict(teachers=["x=nowhere"]), "needs a teacher for every branch"),
     (dict(batch=0), "--batch: 0 is not at least 1"), (dict(mixture="x"), "--mixture x"),
     (dict(method="camopd", mass="1.5"), "at most 1"), (dict(method="camopd", mass="x"), "not a number"),
@@ -112,7 +112,7 @@ def said(words):
     (dict(student="nowhere"), "cannot load nowhere"),
     (dict(jsd_beta=1.0, loss="jsd"), "use fkl or rkl"), (dict(importance=["a", "b"]), "invalid float"),
     (dict(importance=[2, 0.5]), "LOW must be below HIGH"), (dict(device="tpu"), "choose cpu, cuda"),
-    (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "invalid json_object"),
+    (dict(device="cuda:99"), "torch sees"), (dict(chat_template_kwargs="{"), "{ is not JSON"),
     (dict(chat_template_kwargs="[]"), "is not a JSON object"),
     (dict(teacher_device="swap"), "--teacher_device swap needs a --device cuda"),
     (dict(lora_alpha=8), "no effect without --lora_rank"), (dict(lora_rank=-1), "at least 0"),
@@ -360,7 +360,8 @@ def test_a_flag_without_effect_is_refused(name):
     for given, cfg in settings_of(name):
         if seen == {True, False}:
             break
-        has_effect = bool(flag.only[0](SimpleNamespace(**vars(cfg), samples=METHODS[cfg.method].samples)))
+        samples = METHODS[cfg.method].samples
+        has_effect = bool(flag.only[0](SimpleNamespace(**vars(cfg), samples=samples)))
         if has_effect in seen:
             continue
         try:

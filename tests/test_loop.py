@@ -385,10 +385,11 @@ def test_gap_selection_is_equation_6_to_9():
 
     def selected(branch, mass, scale):
         gaps = [torch.tensor([g, g]) for g in (1.0, -4.0, 0.1)]
-        job = Job(SimpleNamespace(stops=[1]), None, [Rollout({"branch": branch}, torch.arange(2), [3], [3])] * 3, None,
+        rollout = Rollout({"branch": branch}, torch.arange(2), [3], [3])
+        job = Job(SimpleNamespace(stops=[1]), None, [rollout] * 3, None,
                   lp=[torch.full((2,), -5.0)] * 3, lq=[gap_T - 5 for gap_T in gaps])
-        select(SimpleNamespace(branches=["g", "d"], cfg=SimpleNamespace(drop_cut=False)), [job], mass={"g": 2, "d": 2} | {branch: mass},
-               scale={"g": 7, "d": 7} | {branch: scale})
+        run = SimpleNamespace(branches=["g", "d"], cfg=SimpleNamespace(drop_cut=False))
+        select(run, [job], mass={"g": 2, "d": 2} | {branch: mass}, scale={"g": 7, "d": 7} | {branch: scale})
         return job.weights
     assert selected("g", 0.8, 2.0) == [2, 2, 0]                  # 4 of 5.1 is less than 0.8 ..
     assert selected("g", 0.78, 2.0) == [0, 2, 0]                 # .. and more than 0.78

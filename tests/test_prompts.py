@@ -132,7 +132,7 @@ REFUSED = [         # the rule that is broken (None: whichever), the row, flags,
     ("user", [FACTS[0], user("\t")], {}, "the user says nothing"),
     ("wrapped", f"{TURN}\nHi<|im_end|>\n<|im_start|>assistant\n", {}, f"the text has '{TURN}' and so is in"),
     ("wrapped", [FACTS[0], user(f"It is so: {TURN}\nHi")], {}, f"the text has '{TURN}'"),
-    ("wrapped", f"{TURN}\nHi", dict(student=DEFAULT), f"the text has '{TURN}'"),
+    ("wrapped", f"{TURN}\nHi", dict(student=DEFAULT, teacher=DEFAULT), f"the text has '{TURN}'"),
     ("wrapped", " User: Hi\nAssistant:", dict(student=PLAIN), "the text has 'User:'"),
     ("wrapped", "User: Hi\nAssistant:", dict(teacher=PLAIN), "the text has 'User:'"),
     ("template", [FACTS[1], user("Hi")], dict(student=STRICT), "leaves out the text of a message of role"),
@@ -144,13 +144,14 @@ REFUSED = [         # the rule that is broken (None: whichever), the row, flags,
     ("completion", dict(solution="5<|im_end|>\n"), SFT, """"solution" has '<|im_end|>', which"""),
     ("completion", dict(solution="5<|endoftext|>"), SFT, """"solution" has '<|endoftext|>'"""),
     ("completion", dict(chosen="5", rejected="<|im_end|>6"), dict(method="dpo"), '"rejected" has'),
+    ("completion", dict(solution=" \n"), SFT, '"solution" is blank, so the student would learn'),
     ("completion", dict(solution="5"), SFT | dict(student=OPENS), 'opens <think>, so "solution"'),
     ("completion", dict(solution=" <think>2</think>5"), SFT | dict(student=OPENS), "opens <think>"),
     ("answer", dict(answer="<think>5"), {}, "the grader exact calls no completion correct"),
     (None, dict(answer="five", grader="number"), {}, "needs an answer with a number"),
     (None, dict(answer="five"), dict(grader="number"), "needs an answer with a number"),
     (None, dict(chosen="5", rejected="5"), dict(method="dpo"), "texts are the same"),
-    (None, dict(solution=" "), dict(method="opsd"), "its self-teacher would see nothing"),
+    (None, dict(solution="<think>2"), dict(method="opsd"), "its self-teacher would see nothing"),
     ("tokens", "<image>", dict(student=IMAGE, teacher=IMAGE), "the token '<image>', id "),
     ("length", LONG, dict(student=dict(positions=64)), "64 positions; lower --max_new_tokens"),
     ("length", LONG, dict(teacher=dict(positions=64)), "64 positions; lower --max_new_tokens"),
@@ -258,28 +259,23 @@ def test_special_tokens_in_a_text_are_counted(checked, capsys):
 
 def test_a_dry_run_says_of_every_rule_how_many_rows_break_it(checked, capsys):
     """And shows the first of them; the line that refuses names the first row, and counts the others."""
-    broken = {}                                                 # rule: its rows
-    for rule, row, flags, _ in REFUSED:
-        if rule in RULES and flags in ({}, SFT, dict(student=STRICT)):
-            broken.setdefault(rule, []).append(dict(solution="5") | as_row(row))
-    broken["fields"] = [{"prompt": "Hi"}] * 3
-    broken["tokens"], broken["length"] = [{"prompt": "<image>", "solution": "5"}], [
-        {"prompt": "Hi " * n, "solution": "5"} for n in (80, 90)]
-    assert set(broken) == set(RULES)
-    rows = [GOOD, *(row for rule in reversed(RULES) for row in broken[rule]), GOOD]     # fields come last
-    student = dict(template=STRICT, positions=64, more="<image>")
-    line = checked(rows, student=student, dry_run=True, **SFT)
+    broken = {"length": [LONG, LONG + "!"], "tokens": ["<image>"], "answer": [dict(answer="<think>5")] * 3,
+              "completion": [dict(solution="<|im_end|>5")], "template": [[FACTS[1], user("Hi")]] * 2,
+              "wrapped": [TURN], "user": [" ", FACTS[:1], [user("Hi"), assistant("5")]], "fields": [{}, {}]}
+    assert broken.keys() == RULES.keys()
+    rows, first = [GOOD], {}
+    for rule, some in broken.items():
+        first[rule] = len(rows) + 1
+        rows += [as_row(row) if rule == "fields" else {"solution": "5"} | as_row(row) for row in some]
+    flags = dict(student=dict(template=STRICT, positions=64, more="<image>"), **SFT)
+    line = checked([*rows, GOOD], dry_run=True, **flags)
     assert line.startswith(f"{checked.path}:2: ") and "64 positions" in line
-    count = sum(map(len, broken.values()))
-    assert line.endswith(f" ({count - 1} other rows cannot be used; --dry_run shows one of every kind)")
-    printed, at = capsys.readouterr().out, {}
-    for rule in reversed(RULES):
-        at[rule] = 2 + sum(len(broken[other]) for other in at)
-    lines = [text for text in printed.splitlines() if not text.startswith("note")]
-    assert lines[::2] == [f"{len(broken[rule]):>6} rows {RULES[rule]}, such as" for rule in RULES]
-    for rule, text in zip(RULES, lines[1::2], strict=True):
-        assert text.startswith(f"       {checked.path}:{at[rule]}: ")
-    assert checked(rows, student=student, **SFT) == line
+    assert line.endswith(f" ({len(rows) - 2} other rows cannot be used; --dry_run shows one of every kind)")
+    printed = [text for text in capsys.readouterr().out.splitlines() if not text.startswith("note: ")]
+    for rule, said_of_it, example in zip(RULES, printed[::2], printed[1::2], strict=True):
+        assert said_of_it == f"{len(broken[rule]):>6} rows {RULES[rule]}, such as"
+        assert example.startswith(f"       {checked.path}:{first[rule]}: ")
+    assert checked([*rows, GOOD], **flags) == line
     assert "such as" not in capsys.readouterr().out             # a run only refuses
 
 
@@ -291,7 +287,7 @@ def test_a_dry_run_says_of_every_rule_how_many_rows_break_it(checked, capsys):
     (dict(student=PLAIN, teacher=PLAIN, chat_template_kwargs=QUICK), "--chat_template_kwargs: no chat"),
     (dict(student=None, teacher=None, chat_template_kwargs=QUICK), "reads 'enable_thinking'"),
     (dict(method="opsd", teacher_chat_template_kwargs='{"brif": 1}', student=OPENS), "did you mean brief?"),
-    *[(flags | dict(teacher_chat_template_kwargs="{}"), "no effect without a teacher that is not the student")
+    *[(flags | dict(teacher_chat_template_kwargs="{}"), "no effect without a teacher that reads prompts of its own")
       for flags in (SFT, dict(method="grpo"), dict(method="opsd", self_teacher="live"))]], ids=short)
 def test_an_option_that_no_template_reads_is_refused(checked, flags, expected):
     """It is misspelt, or nobody is there to read it, and the run would go on without it."""
@@ -338,17 +334,17 @@ def test_a_teacher_writes_after_the_prompt_in_its_own_options(start, bare, promp
 # ---- long prompts, cut completions -------------------------------------------------------------------------
 
 def long_rows(checked):
-    """Rows of 1, 2, 3, 4 words, and --max_new_tokens with which exactly the first two have room in 64."""
+    """Rows of 2, 1, 4, 3 words, and --max_new_tokens with which exactly the first two have room in 64."""
     rows = [{"prompt": "What " * n, "answer": "5"} for n in (2, 1, 4, 3)]
     assert checked(rows) == ""
     lengths = sorted(len(checked.run.student.encode(row["prompt"])) for row in rows)
     return rows, 64 - lengths[1]
 
 
-@pytest.mark.parametrize("short", ["student", "teacher"])
-def test_drop_long_leaves_out_exactly_the_rows_without_room(checked, capsys, short):
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_drop_long_leaves_out_exactly_the_rows_without_room(checked, capsys, whose):
     rows, most = long_rows(checked)
-    flags = {short: dict(positions=64), "max_new_tokens": most}
+    flags = {whose: dict(positions=64), "max_new_tokens": most}
     line = checked(rows, **flags)
     assert line.startswith(f"{checked.path}:3: prompt and completion can have ") and "(--drop_long)" in line
     assert line.endswith("(1 other rows cannot be used; --dry_run shows one of every kind)")
@@ -538,7 +534,7 @@ SHARED = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"
     (dict(instruction="Add."), dict(prompt="Add.")),
     (dict(question="What?", answer=5), dict(prompt="What?", answer=5)),
     (dict(prompt="a", question="b", output="c"), dict(prompt="a", question="b", output="c")),
-    (dict(messages=[*TALK, assistant("5")], answer=True and "5", topic="t"),
+    (dict(messages=[*TALK, assistant("5")], answer="5", topic="t"),
      dict(prompt=TALK, solution="5", answer="5", topic="t"))], ids=short)
 @pytest.mark.parametrize("name", ["lines.jsonl", "list.json", "table.parquet"])
 def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, ours):
@@ -548,13 +544,14 @@ def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, our
 
 
 @pytest.mark.parametrize("name, text, where, expected", [
-    ("a.jsonl", '{"prompt": "a"}\n{"text": "b", "topic": "c"}', ":2", "but this one has text, topic"),
-    ("a.jsonl", '{"prompt": "a"}\n\n"b"', ":3", "but this one is b"), ("a.jsonl", "{}", ":1", "has nothing"),
-    ("a.json", '[{"prompt": "a"}, {"promt": "b"}]', ":2", "but this one has promt"),
+    ("a.jsonl", '{"prompt": "a"}\n{"text": "b", "topic": "c"}', ":2", "text, topic"),
+    ("a.jsonl", '{"prompt": "a"}\n\n"b"', ":3", 'a non-empty "prompt"'), ("a.jsonl", "{}", ":1", "a row is"),
+    ("a.json", '[{"prompt": "a"}, {"promt": "b"}]', ":2", ": promt"),
     ("a.json", '[{"prompt": "a"},\n{"prompt": "b"]', "", "not JSON (Expecting"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', ":2", "a key stands twice in ['prompt']"),
     ("a.jsonl", '{"prompt": "a", "x": {"b": 1, "b": 1}}', ":1", "a key stands twice in ['b']"),
     ("a.jsonl", '{"prompt": "a", "answer": NaN}', ":1", "NaN is no number of JSON"),
+    ("a.jsonl", '{"prompt": "a", "answer": Infinity}', ":1", "Infinity is no number of JSON"),
     ("a.jsonl", '{"prompt": "a", "x": [-Infinity]}', ":1", "-Infinity is no number of JSON"),
     ("a.jsonl", '{"prompt": "a", "answer": 1e999}', ":1", '"answer" is text or a number, not inf'),
     ("a.jsonl", '{"prompt": "a", "answer": -1e999}', ":1", '"answer" is text or a number, not -inf'),
@@ -570,12 +567,12 @@ def test_other_columns_give_the_rows_of_our_own_form(tmp_path, name, theirs, our
     ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00", "", "is not UTF-8 text"),
     ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "", "is not UTF-8 text"),
     ("a.csv", "prompt,answer\na,1\nb,2,3\n", ":2", "more cells than the first line has names"),
-    ("a.csv", "text;answer\na;1\n", ":1", "but this one has text;answer"),
+    ("a.csv", "text;answer\na;1\n", ":1", "text;answer"),
     ("a.csv", "prompt,answer\n", "", "has no prompts"),
-    ("a.csv", "prompt,answer\n,1\n", ":1", "but this one has answer"),
+    ("a.csv", "prompt,answer\n,1\n", ":1", 'a non-empty "prompt"'),
     ("a.parquet", b"PAR1", "", "cannot read "), ("folder", None, "", "it is a folder, not a file"),
     ("a.txt", b"", "", "has no prompts")], ids=short)
-def test_files_that_cannot_be_used_are_refused_with_their_line(tmp_path, name, text, where, expected):
+def test_files_that_cannot_be_used_are_refused_by_line(checked, tmp_path, name, text, where, expected):
     path = tmp_path / name
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow", reason="optional: pip install pyarrow")
@@ -584,8 +581,8 @@ def test_files_that_cannot_be_used_are_refused_with_their_line(tmp_path, name, t
         load_prompts(str(path), "main")
     message = str(refused.value)
     assert f"{path}{where}" in message and expected in message and "\n" not in message
-    if where:
-        assert message.startswith(f"{path}{where}: ")
+    assert not where or message.startswith(f"{path}{where}: ")
+    assert checked(prompts=[path]) == message.strip()
 
 
 def test_fields_of_ones_own_pass(tmp_path):
@@ -631,14 +628,15 @@ def test_flags_at_their_bounds_pass(flags):
 
 
 @pytest.mark.parametrize("name", ["my.branch", "my branch", "a/b", "a:b"])
-def test_a_branch_has_a_name_of_one_word(tmp_path, name):
+def test_a_branch_has_a_name_of_one_word(tmp_path, monkeypatch, name):
     """The whole would be taken for the path of a file that is not there."""
     file = tmp_path / "rows.jsonl"
     file.write_text("")
-    assert "a name has letters, digits, _ and - only" in said(words(prompts=[f"{name}={file}"]))
+    assert "a name begins with a letter, and has letters" in said(words(prompts=[f"{name}={file}"]))
     assert opd.configure(words(prompts=[f"my-branch_2={file}"])).prompts == {"my-branch_2": str(file)}
-    odd = file.rename(tmp_path / "a=b.jsonl")
-    assert opd.configure(words(prompts=[odd])).prompts == {"main": str(odd)}
+    file.rename(tmp_path / "a=b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert opd.configure(words(prompts=["a=b.jsonl"])).prompts == {"main": "a=b.jsonl"}
 
 
 def unwritable(root):
@@ -669,9 +667,9 @@ def test_an_out_that_cannot_be_is_refused_before_weights_are_read(checked, tmp_p
 
 
 @pytest.mark.parametrize("path, expected", [
-    ("model.gguf", "is a file; a model is given as its folder, .* (GGUF is not read)"),
+    ("model.gguf", "is a file; a model is given as its folder, .* python -m data.pretrained"),
     ("model.safetensors", "is a file; a model is given as its folder, with config.json, tokenizer and safe"),
-    ("stduent", "no such folder, and not a hub id; did you mean ROOT/student? there are: ROOT/other, "),
+    ("stduent", "no such folder, and not a hub id (did you mean ROOT/student?)"),
     ("student/final", "no such folder, and not a hub id"),
     ("adapter", "is an adapter; give a merged model"),
     ("run", "no tokenizer in this folder; did you mean its final/?"),
@@ -688,7 +686,7 @@ def test_a_path_that_is_no_model_is_named_with_what_was_meant(checked, tmp_path,
         (root / path).write_text("x")
     for who in ("student", "teacher"):
         line = checked(**{who: root / path})
-        assert f"{root}/{path}" in line
+        assert f"{root}/{path}" in line and ("OUT" in line) == path.endswith(".gguf")
         for part in expected.replace("ROOT", str(root)).split(" .* "):
             assert part in line
 
