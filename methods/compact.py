@@ -31,7 +31,8 @@ def reads(run, model, row):
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise Refused('"rationales" is an object that has a text for each teacher\'s name')
     for name, text in texts.items():
-        check_completion(run.student, row["prompt"], f"rationale of {name}", text)
+        if text.strip():                                    # a blank one is left out and counted
+            check_completion(run.student, row["prompt"], f"rationale of {name}", text)
     if len(texts.keys() | run.teachers.keys()) < len(texts) + len(run.teachers):
         raise Refused(f"a teacher has the name of one of --teachers ({', '.join(run.teachers)})")
     if len(texts) + len(run.teachers) < 2:

@@ -163,10 +163,10 @@ class Row:
 
 
 def snapshot(root, without=None):
-    """Names, sizes and times of all files in a folder but locks, and the names of its folders."""
+    """Names, sizes and times of all files in a folder but locks and caches, and the names of its folders."""
     found = {}
     for path in sorted(root.rglob("*")):
-        if path.name == ".lock" or without and (path == without or without in path.parents):
+        if path.name == ".lock" or "__pycache__" in path.parts or without and (path == without or without in path.parents):
             continue
         stat = path.lstat()
         found[path] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns)

@@ -127,6 +127,7 @@ def in_fork(log, function, args, more):
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    sys.stdout.reconfigure(line_buffering=True)                 # in the order in which it is said
     os.chdir(ROOT)
     tqdm.set_lock(threading.RLock())                            # its own one would outlive a kill
     function(*args, **more)

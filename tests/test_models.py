@@ -257,7 +257,7 @@ def broken(folder, tok):
 
 @pytest.mark.parametrize("make, expected", [
     (bidirectional, "in BertGenerationDecoder a token sees the ones after it"),
-    (encoder_decoder, "Unrecognized configuration class"), (quantised, "is quantised and cannot learn"),
+    (encoder_decoder, "is a t5, not a decoder-only language model"), (quantised, "is quantised and cannot learn"),
     (broken, "has values that are not numbers")])
 def test_models_that_cannot_be_students_are_refused_by_name(argv, models, tmp_path, make, expected):
     tok = AutoTokenizer.from_pretrained(models / "a")
