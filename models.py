@@ -211,7 +211,7 @@ def load(reader, cfg, learns=False, weights=None, name="student"):
                read_net(source, kept, device if quantised else None))
     if not (cfg.dry_run or quantised or offloaded):
         net.to(device)
-    if not cfg.dry_run and not is_finite(net):
+    if not (cfg.dry_run or quantised) and not is_finite(net):
         broken = next(name for name, p in net.named_parameters() if not p.isfinite().all())
         raise Refused(f"{source}: its {broken} has values that are not numbers")
     net.eval().requires_grad_(learns and not lora)

@@ -40,7 +40,8 @@ from pathlib import Path
 
 if __name__ == "__main__":                          # the imports take seconds, in which Ctrl-C is a line, too
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("opd.py: interrupted before the first step"))
+        if signal.getsignal(number) != signal.SIG_IGN:      # as of a script's command in the background
+            signal.signal(number, lambda *_: sys.exit("opd.py: interrupted before the first step"))
 
 import torch
 from tqdm import tqdm
@@ -174,7 +175,8 @@ def update(run, jobs, weights):
     learners = list(dict.fromkeys(job.learner for job in jobs))         # once, however many Jobs it has
     lr, most = learning_rate(run.cfg, learners[-1].updates), run.cfg.grad_clip or math.inf
     with run.timed("update"):
-        losses, stats = zip(*halving(run, lambda: [backward(run, *both) for both in zip(jobs, weights)]))
+        losses, stats = zip(*halving(
+            run, jobs, lambda: [backward(run, *both) for both in zip(jobs, weights)]))
         norm = sum(torch.nn.utils.clip_grad_norm_(learner.net.parameters(), most).item()    # inf: measured,
                    for learner in learners)                                                 # not clipped
         if finite := math.isfinite(norm + sum(losses)):
@@ -208,14 +210,15 @@ def put(values, places, new):
         values[i] = value
 
 
-def halving(run, work):
+def halving(run, jobs, work):
     """Return work(). Where memory is short, do it again with half of --micro_tokens: the same result."""
     while True:
         try:
             return work()
         except torch.OutOfMemoryError:
-            longest = max(run.longest.prompt, run.longest.read) + run.longest.completion
-            if run.cfg.micro_tokens <= longest:                 # every sequence is alone already
+            longest = max(len(ids) + len(r.ids_T) for job in jobs for r in job.rollouts
+                          for ids in (r.prompt_ids, r.teacher_ids))
+            if run.cfg.micro_tokens <= longest:                 # the longest sequence is alone already
                 raise
         for learner in run.learners:
             learner.net.zero_grad(set_to_none=True)
@@ -419,9 +422,8 @@ def check_sound(run, jobs, weights):
     On a few of the rollouts that they have just learned from, the gradient must still be finite.
     """
     for job, job_weights in zip(jobs, weights):
-        if run.state["dropped"]:                                # the reason may be a teacher, on these rollouts
-            sound = models.is_finite(job.learner.net)
-        else:
+        sound = models.is_finite(job.learner.net)
+        if sound and not run.state["dropped"]:                  # otherwise these rollouts tell nothing
             kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
             few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
             parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
@@ -666,7 +668,7 @@ class Run:
         """Let the teachers read the Jobs' rollouts: see `score`."""
         with self.timed("score"):
             for job in jobs:
-                read = halving(self, lambda job=job: score(job, gaps, self.cfg.micro_tokens))
+                read = halving(self, [job], lambda job=job: score(job, gaps, self.cfg.micro_tokens))
                 self.state["teacher_tokens"] += read if job.learner in self.students else 0
 
     def self_teacher(self, student):
@@ -783,7 +785,8 @@ def stopping_gently(run):
             raise KeyboardInterrupt
         run.stopping = True
         tqdm.write("stopping after this step, with a checkpoint; once more stops at once")
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

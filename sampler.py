@@ -57,7 +57,7 @@ def sample(model, prompts, temperature, top_p, max_new_tokens, rows):
             found = complete(model, prompts, temperature, top_p, max_new_tokens, min(rows, len(prompts)))
     except RuntimeError as error:
         raise broken if "probability tensor" in str(error) else error from None
-    if not all(logp_T.isfinite().all() for _, logp_T in found):
+    if temperature > 0 and not all(logp_T.isfinite().all() for _, logp_T in found):
         raise broken
     return [(ids_T, logp_T if temperature > 0 else None) for ids_T, logp_T in found]
 

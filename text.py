@@ -238,15 +238,16 @@ def read(path, template_kwargs, today, learns=False):
         folder = Path(cached_file(path, "config.json")).parent                 # of a hub id: in the cache
         check_pointer(folder / "tokenizer.json")
         tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        files = own_files(folder)
-        content = digest(folder, files)
         try:
             defaults = GenerationConfig.from_pretrained(path)
         except OSError:                                         # many checkpoints have none
             if (Path(path) / "generation_config.json").exists():
                 raise
             defaults = GenerationConfig.from_model_config(config)
-            files["generation_config.json"] = defaults.to_json_string().encode()
+        files = own_files(folder)
+        # a snapshot of the hub is called after its commit, and has its weights only when they were read once
+        content = digest(folder, files) if Path(path).is_dir() else folder.name
+        files.setdefault("generation_config.json", defaults.to_json_string().encode())
         if "tokenizer.json" in files and not reads_its_file(tok, files["tokenizer.json"]):
             tqdm.write(f"note: {path} is read as its tokenizer.json says, not as {type(tok).__name__} does")
             tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)

@@ -3,6 +3,8 @@
 A prompt is what its author meant: every word of it is in what each model reads, and the user spoke last.
 """
 import contextlib
+import json
+import re
 from types import SimpleNamespace
 
 from tqdm import tqdm
@@ -205,7 +207,7 @@ def check_row(run, row, reader, trained, read):
 def check_messages(prompt, reader):
     """Refuse a prompt that does not end with the user's word, or of which a model would not see all words."""
     turns = messages(prompt)
-    if turns[-1]["role"] not in ("user", "tool"):
+    if turns[-1]["role"] not in ("user", "tool", "ipython"):
         raise Fault("user", f"the last message is of role {turns[-1]['role']!r}, not of the user; what a "
                             'model is to learn goes into "solution"')
     if not turns[-1]["content"].strip() or all(m["role"] != "user" for m in turns):
@@ -216,11 +218,13 @@ def check_messages(prompt, reader):
         if reader.is_wrapped(m["content"]):
             raise Fault("wrapped", f"the text has {reader.turn!r} and so is in the chat template of "
                                    f"{reader.path} already; give its messages without the template")
-    # Templates trim texts, and leave out what was thought in earlier turns.
-    plain = lambda text: " ".join(text.split()).casefold()
+    # Templates trim texts, and leave out what was thought in earlier turns, and some the switch /no_think.
+    plain = lambda text: " ".join(re.sub(r"/(?:no_)?think\b", "", text).split()).casefold()
     seen = plain(reader.rendered(prompt))
     for m in sorted(turns, key=lambda m: -len(m["content"])):       # a short one may be part of a long one
         said = plain(without_thinking(m["content"]) if m["role"] == "assistant" else m["content"])
+        if said not in seen:                                        # as a tool's message can be
+            said = plain(json.dumps(m["content"], ensure_ascii=False)[1:-1])
         if said not in seen:
             raise Fault("template", f"the chat template of {reader.path} leaves out the text of a message of "
                                     f"role {m['role']!r}")

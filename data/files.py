@@ -6,6 +6,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from config import Refused, first_line
@@ -63,7 +64,7 @@ def atomic_folder(path, with_checksums=False):
         yield new
         if with_checksums:
             write_file(new / CHECKSUMS, json.dumps(checksums(new), indent=1))
-        for file in new.rglob("*"):
+        for file in [*new.rglob("*"), new]:
             sync(file)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
@@ -73,8 +74,11 @@ def atomic_folder(path, with_checksums=False):
     except Exception as error:          # safetensors, torch and zip files each have errors of their own
         recover(path)
         shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, (Refused, torch.OutOfMemoryError)):
+            raise
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise Refused(f"cannot write {path}: {first_line(error)} ({free:,.0f} MiB are free there)") from error
+        raise Refused(f"cannot write {path}: {type(error).__name__}: {first_line(error)} ({free:,.0f} MiB are "
+                      "free there)") from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -132,6 +136,8 @@ def read_lines(path, number=None):
 
     number: a field that is a whole number in every one. A kill cuts the last one, which is nothing special; of others a note says how many there are.
     """
+    if not Path(path).exists():
+        return []
     lines, out, broken = Path(path).read_bytes().split(b"\n"), [], []
     for place, line in enumerate(lines, 1):
         try:

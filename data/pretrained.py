@@ -92,7 +92,10 @@ def main(argv=None):
     out = Path(args.out)
     if (out / "config.json").exists():
         return print(f"{out} is there and stays")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.exit(2, f"data.pretrained: {out} holds something else; choose another OUT\n")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         print(f"{out} is {write(args.name, out)}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.pretrained: {error}\n")

@@ -578,7 +578,7 @@ def substitute(value, folder, seed):
 
 
 def pass_on(number, frame):
-    """Handle SIGTERM: the rows get it too, and stop after their step with a checkpoint. Ctrl-C they have."""
+    """Handle Ctrl-C and SIGTERM: the rows get them too, and stop after their step with a checkpoint."""
     for child in list(CHILDREN):
         child.send_signal(number)
     raise KeyboardInterrupt
@@ -595,7 +595,7 @@ def run_child(command, row, folder, threads, position=""):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with open(log, "a") as lines:
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=lines, stdin=subprocess.DEVNULL,
-                                 env=environment)
+                                 env=environment, start_new_session=True)   # signals come by pass_on only
     CHILDREN.add(child)
     code = child.wait()
     CHILDREN.remove(child)
@@ -642,7 +642,7 @@ def list_recipes():
 
 def main(argv=None):
     """Run a recipe, or list them all. What cannot work ends the program with one line."""
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = parse(argv)
         if args.name is None:
@@ -654,7 +654,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit("lab.recipes: interrupted; the same command again continues where it was") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def write_run(out):
     gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
 
+    if not steps:
+        return write_file(out / "report.md", f"{title(config)}\n\nmetrics.jsonl has no step.\n")
     blocks = [title(config), about_run(config, steps)]
     if evals:
         blocks += ["## Accuracy", accuracy_table(evals), about_accuracy(config)]

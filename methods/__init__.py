@@ -36,8 +36,8 @@ What a method may use of the run:
     run.templates, run.gate_prompts     of --templates and --val_prompts
     run.cfg, run.state["step"]          every setting; the number of the step
 
-and of a model, to probe it (models.py): encode, decode, generate, hidden_states, mean_hidden, and log_probs,
-as in
+and of a model, to probe it (text.py, models.py): encode, decode, generate, hidden_states, mean_hidden, and
+log_probs, as in
 
     completions = [r.ids_T for r in rollouts]
     run.student.log_probs([r.prompt_ids for r in rollouts], completions, run.cfg.micro_tokens)

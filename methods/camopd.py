@@ -30,7 +30,8 @@ def select(run, jobs, *, mass, scale, **_):             # called with all of the
         demand_B = torch.stack([demand(run, job.branch, gap_T) for gap_T in job.gaps])
         if run.cfg.drop_cut:
             demand_B = demand_B * ~torch.tensor(job.cut, device=demand_B.device)    # nobody asks for these
-        keep_B = top_gap_mass(demand_B, mass[job.branch])
+        finite = demand_B.isfinite().all()              # otherwise keep all: the update says what is wrong
+        keep_B = top_gap_mass(demand_B, mass[job.branch]) if finite else torch.ones_like(demand_B).bool()
         job.weights = list(scale[job.branch] * keep_B.to(demand_B.dtype))
 
 

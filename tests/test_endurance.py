@@ -536,7 +536,7 @@ def test_half_a_step_that_did_not_fit_leaves_no_gradient(start, monkeypatch):
         return divergence(*args, **how)
     monkeypatch.setattr(opd, "linear_divergence", fails_once)
     run.cfg.micro_tokens = 60
-    opd.halving(run, lambda: opd.backward(run, job, weights))
+    opd.halving(run, [job], lambda: opd.backward(run, job, weights))
     assert len(calls) > 3
     torch.testing.assert_close(gradients(run.student), expected, rtol=1e-4, atol=1e-6)
 
