@@ -788,6 +788,9 @@ def check_same_experiment(cfg, before):
         may_change = name in GENERAL and GENERAL[name].resume
         if callable(may_change):
             may_change = may_change(cfg)
+        if name not in before and before.get("method") == cfg.method:
+            raise Refused(f"{cfg.out} was begun by another version of opd, without {name}; continue it with "
+                          "that one, or choose another --out")
         if now[name] != before.get(name) and not may_change:
             if name.endswith("_sha256"):
                 then = before.get(name) if isinstance(before.get(name), dict) else {}

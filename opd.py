@@ -412,23 +412,20 @@ def record(run, jobs, weights, stats):
     run.clock, run.peaks, run.notes = {}, {}, {}
     due = cfg.save_every and state["step"] % cfg.save_every == 0
     if due or state["step"] == run.total or run.stopping:
-        check_sound(run, jobs, weights)
+        check_sound(run, jobs)
         run.folder.save(run.learners, state)
 
 
-def check_sound(run, jobs, weights):
+def check_sound(run, jobs):
     """Refuse to save learners from which no step could go on.
 
-    On a few of the rollouts that they have just learned from, the gradient must still be finite.
+    The gradient of log p(y) of a few of the last rollouts, which needs no teacher, must still be finite.
     """
-    for job, job_weights in zip(jobs, weights):
-        sound = models.is_finite(job.learner.net)
-        if sound and not run.state["dropped"]:                  # otherwise these rollouts tell nothing
-            kept = [i for i, w_T in enumerate(job_weights) if w_T.any()][:4]
-            few = [w_T if i in kept else torch.zeros_like(w_T) for i, w_T in enumerate(job_weights)]
-            parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
-            sound = all(g.isfinite().all() for g in gradients(run, job, parameters, few))
-        if not sound:
+    for job in jobs:
+        probe = Job(job.learner, None, job.rollouts[:4], LOSSES["nll"])
+        parameters = [p for p in job.learner.net.parameters() if p.requires_grad]
+        if not (models.is_finite(job.learner.net)
+                and all(g.isfinite().all() for g in gradients(run, probe, parameters))):
             raise Refused(f"after step {run.state['step']} {job.learner.path} computes what is not a number, "
                           "and so is not saved; lower --lr or --weight_decay")
 
@@ -451,6 +448,8 @@ class Run:
         self.stopping = self.looping = False                    # see stopping_gently
         self.read_prompts()
         self.previous = config.check_resume(cfg)                # settings of the run to resume, or None
+        if self.previous and not cfg.dry_run:
+            self.folder.take()                                  # before the checkpoint is looked for
         checkpoint = self.folder.find_checkpoint() if self.previous else None
         if checkpoint:
             for name in ("max_new_tokens", "sample_batch", "today"):    # what their defaults were then
@@ -462,8 +461,6 @@ class Run:
         if not cfg.max_new_tokens:
             cfg.max_new_tokens = 2048 if self.student.may_think() else 512
         self.longest = check_prompts(self)
-        if self.previous and not cfg.dry_run:
-            self.folder.take()
         if checkpoint and not cfg.dry_run:
             self.folder.open_checkpoint()
         self.load_models(checkpoint)

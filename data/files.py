@@ -77,8 +77,8 @@ def atomic_folder(path, with_checksums=False):
         if isinstance(error, (Refused, torch.OutOfMemoryError)):
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise Refused(f"cannot write {path}: {type(error).__name__}: {first_line(error)} ({free:,.0f} MiB are "
-                      "free there)") from error
+        raise Refused(f"cannot write {path}: {type(error).__name__}: {first_line(error)} ({free:,.0f} MiB "
+                      "are free there)") from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -134,7 +134,8 @@ def check_whole(folder):
 def read_lines(path, number=None):
     """Return the objects of a JSON-lines file that a run appends to, without lines that cannot be read.
 
-    number: a field that is a whole number in every one. A kill cuts the last one, which is nothing special; of others a note says how many there are.
+    number: a field that is a whole number in every one. A kill cuts the last one, which is nothing special; a
+    note says how many others there are.
     """
     if not Path(path).exists():
         return []

@@ -35,13 +35,14 @@ class Folder:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def open_checkpoint(self):
-        """Put the checkpoint in its place after a kill between two renames, and refuse a damaged or foreign one."""
+        """Put the checkpoint in its place after a kill between two renames; refuse a damaged, foreign one."""
         path, now = self.out / "checkpoint", identity(self.cfg)
         recover(path)
         check_whole(path)
         then = json.loads((path / "run.json").read_text())
         if other := [name for name in now if then.get(name) != now[name]]:
-            raise Refused(f"{path} is of another run, with another {', '.join(other)}; put the run's own one there")
+            raise Refused(f"{path} is of another run, with another {', '.join(other)}; put the run's own one "
+                          "there")
 
     def put_logs_aside(self):
         """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
@@ -76,9 +77,12 @@ class Folder:
         """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
         self.saved = state["step"]
-        for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
+        for name in ("metrics", "samples"):
+            path = self.out / f"{name}.jsonl"
+            kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
+            if name == "metrics" and (lost := state["step"] + 1 - len(kept)):
+                tqdm.write(f"note: {path} has lost {lost} lines of {state['step'] + 1}; the report goes without")
             if path.exists():
-                kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         return state
 

@@ -113,7 +113,7 @@ def read_parquet(source):
         for name, cell in row.items():
             try:
                 json.dumps(cell)
-            except TypeError as error:                          # "Object of type date is not JSON serializable"
+            except TypeError as error:              # "Object of type date is not JSON serializable"
                 raise Refused(f"{source}:{number}: {name}: {error}; give text or numbers") from None
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 

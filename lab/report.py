@@ -249,8 +249,9 @@ def round_table(rounds):
 
 
 def about_skipped(steps):
-    """Return how many prompts or texts a method has left out, by reason, as one sentence in a list."""
-    total = {}
+    """Return how many steps, and prompts or texts of a method, were left out, by reason, in a list."""
+    dropped = sum(step["loss"] is None for step in steps)
+    total = {"a step with a loss or gradient that is not a number": dropped} if dropped else {}
     for step in steps:
         for reason, count in step.get("skipped", {}).items():
             total[reason] = total.get(reason, 0) + count

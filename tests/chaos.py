@@ -58,7 +58,7 @@ def flags_of(world, name):
     method, both = METHODS[name], {"words": world / "wide", "more": world / "b"}
     branches = list(both) if method.teachers == "each" or method.students == 2 else ["words"]
     flags = dict(method=name, student=[world / "a"], prompts=[f"{b}={world / b}.jsonl" for b in branches],
-                 steps=4, save_every=1, batch=4, device="cpu", lr=1e-3)
+                 steps=4, save_every=1, batch=4, device="cpu", lr=1e-3, lr_schedule="linear")
     if name != "compact":                                       # it has to know where a completion answers
         flags["grader"] = f"{world / 'grader.py'}:chance"
     if method.teachers != "none":
@@ -168,15 +168,16 @@ class Chaos:
         """Kill runs of every method and resume them; they must leave what an undisturbed run leaves."""
         (cases, places), seen, out = self.undisturbed(), Counter(), self.world / "killed"
         self.rng.shuffle(places)
-        for i, (line, *_) in enumerate(places):                 # every line once before any a second time
+        for i, (line, *_) in enumerate(places):         # every line once before any a second time, renames first
             seen[line] += 1
-            places[i] = (seen[line], *places[i])
-        for _, line, name, number in self.passing(seconds, sorted(places), "kills"):
+            places[i] = (seen[line], not line.startswith(("atomic_folder", "write_file")), *places[i])
+        for _, _, line, name, number in self.passing(seconds, sorted(places), "kills"):
             shutil.rmtree(out, ignore_errors=True)
             (flags, expected, took), kills, status = cases[name], [], -signal.SIGKILL
             while status == -signal.SIGKILL:
-                any_time = dict(seconds=self.rng.uniform(0, took))
-                kills.append(self.rng.choice([{} if kills else dict(kill_at=number)] * 2 + [any_time]))
+                any_time, early = dict(seconds=self.rng.uniform(0, took)), dict(kill_at=self.rng.randrange(99))
+                how = [{}, {}, early, any_time] if kills else [dict(kill_at=number)] * 3 + [any_time]
+                kills.append(self.rng.choice(how))
                 status, said = self.run(out, flags, **kills[-1])
             ours = left_by(out) if status == 0 else {"its end": said}
             different = [x for x in ours.keys() | expected.keys() if ours.get(x) != expected.get(x)]

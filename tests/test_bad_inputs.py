@@ -118,7 +118,8 @@ class World:
 def change(path, values):
     """Change values of a JSON file; None takes one out."""
     found = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    out = {name: value for name, value in found.items() if name not in values or value is not None}
+    path.write_text(json.dumps(out))
 
 
 @pytest.fixture(scope="session")
@@ -1198,7 +1199,7 @@ RESUME = [
             "--resume with another content of"),
     resumed("a config of another version",
         lambda f: (f / "config.json").write_text('{"method": "opd", "versions": {}}'),
-            "--resume with another adam_beta2 (0.95, was None)"),
+            "out was begun by another version of opd, without adam_beta2; continue it with that one, or choose"),
     row("a run that goes on", lambda w: dict(out=taken(w, w.root / "out")), "out belongs to process",
         "choose another --out",
         reads=True),

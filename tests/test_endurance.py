@@ -35,7 +35,7 @@ from tqdm import tqdm
 import models as loading
 import opd
 from config import Refused
-from lab import recipes
+from lab import recipes, report
 from losses import Objective
 from methods import Job
 
@@ -145,7 +145,7 @@ def program(words, report=False, kill_at=None, lines=None):
         if event == "line":
             if len(passed) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            passed.append(f"{frame.f_code.co_name} {frame.f_lineno}")
+            passed.append(f"{frame.f_code.co_name} {frame.f_lineno} of {frame.f_back.f_code.co_name}")
         return at_line
 
     def at_call(frame, *_):
@@ -477,13 +477,20 @@ def test_a_resumed_run_counts_bad_steps_on(argv, tmp_path, monkeypatch):
     assert "step 4: loss or gradient" in said(argv(**words, resume=True))
 
 
-
+@pytest.mark.parametrize("value", [math.nan, 1e38], ids=str)
 @pytest.mark.parametrize("flags", [dict(steps=4, save_every=2), dict(steps=2, save_every=0)], ids=str)
-def test_a_dropped_step_does_not_save_weights_that_are_no_numbers(argv, tmp_path, monkeypatch, flags):
-    """The step before, which broke them, was none that is saved."""
-    spoil(monkeypatch, 1, math.nan)
+def test_a_dropped_step_does_not_save_what_the_step_before_has_broken(argv, tmp_path, monkeypatch, flags, value):
+    """That step was none after which is saved."""
+    spoil(monkeypatch, 1, value)
     said(argv(lr=1e-3, method="kd", skip_bad_steps=3, out=tmp_path / "out", **flags))
     assert not {"final", "checkpoint"} & set(os.listdir(tmp_path / "out"))
+
+
+def test_the_report_counts_dropped_steps(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "update", bad_in((1, 3)))
+    opd.main(argv(skip_bad_steps=3, steps=5, out=tmp_path / "out"))
+    report.write_run(tmp_path / "out")
+    assert "2 x a step with a loss or gradient that is not a number" in (tmp_path / "out/report.md").read_text()
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -570,6 +577,21 @@ def test_a_run_goes_on_in_a_moved_world_and_with_other_memory_settings(
     assert steps(tmp_path / "out") == [-1, *range(len(spelled) + 1)]
 
 
+def test_a_checkpoint_that_its_owner_has_saved_meanwhile_is_continued(argv, tmp_path):
+    """As after Ctrl-C and at once the same command: the first one saves while the second one reads."""
+    out, saved, marker = tmp_path / "out", tmp_path / "saved", tmp_path / "marker"
+    words = argv(out=out, save_every=1, lr=1e-3)
+    opd.main(words)
+    (out / "checkpoint").rename(saved)
+    shutil.rmtree(out / "final")
+    with Fork(tmp_path / "log", asleep, [*words, "--resume"], marker, "data.folder", "own", 0) as second:
+        second.until(marker.exists)
+        saved.rename(out / "checkpoint")
+        marker.unlink()
+        assert second.end() == 0
+    assert "has done its 2 steps" in second.said and not (out / "metrics.jsonl.old").exists()
+
+
 @pytest.mark.parametrize("what", ["student", "teacher of main", "main", "templates"])
 def test_other_content_under_the_same_path_is_refused_by_name(argv, models, prompts, tmp_path, what):
     world = shutil.copytree(models, tmp_path / "world")
@@ -613,8 +635,12 @@ def test_damaged_logs_are_mended(halfway, capsys, name, damage, lost, note):
     kept = [line for number, line in enumerate(lines[:-1]) if number not in lost]
     assert whole[:len(kept)] == kept and json.loads(whole[-1])["step"] == 1
     assert len(whole) == len(kept) + (1 if name == "metrics.jsonl" else 2)
-    notes = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
+    told = capsys.readouterr().out.splitlines()
+    notes = [line for line in told if "cannot be read" in line]
     assert bool(notes) == bool(note) and all(f"note: {log}: " in line and note in line for line in notes)
+    missing = len({0, 1} & set(lost)) * (name == "metrics.jsonl")       # before the first step, and its own
+    assert [line for line in told if "has lost" in line] == [
+        f"note: {log} has lost {missing} lines of 2; the report goes without"] * bool(missing)
 
 
 FOREIGN = {"architecture": dict(student="wide"), "method": dict(method="opsd"),
@@ -655,7 +681,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint_from_which_the_run_ends_as_it_
 
 
 def asleep(words, marker, module, name, calls):
-    """Run opd.py with a function that, after so many calls, touches the marker and takes a minute."""
+    """Run opd.py with a function that, after so many calls, makes the marker and waits until it is gone."""
     module = importlib.import_module(module)
     function, seen = getattr(module, name), []
 
@@ -663,7 +689,8 @@ def asleep(words, marker, module, name, calls):
         seen.append(1)
         if len(seen) > calls:
             Path(marker).touch()
-            time.sleep(60)
+            while Path(marker).exists():
+                time.sleep(0.01)
         return function(*args, **how)
     setattr(module, name, sleeping)
     program(words)
