@@ -85,12 +85,16 @@ class Reader:
             raise Refused(f"{self.path} has no chat template, but the prompt is a list of messages")
         else:
             ids = self.tok(prompt).input_ids
-            last = [self.tok("a", add_special_tokens=on).input_ids[-1:] for on in (True, False)]
-            if last[0] == [self.tok.eos_token_id] != last[1]:           # it closes every text
-                ids = ids[:-1]
+            ids = ids[:-1] if self.closes_texts else ids
         if not ids:
             raise Refused(f"a prompt without tokens: {prompt!r}")
         return ids
+
+    @functools.cached_property
+    def closes_texts(self):
+        """Whether the tokenizer puts EOS behind every text, where no completion could begin."""
+        last = [self.tok("a", add_special_tokens=special).input_ids[-1:] for special in (True, False)]
+        return last[0] == [self.tok.eos_token_id] != last[1]
 
     def encode_completion(self, text):
         """Return the token ids of a fixed completion and the token that ends it, to be learned too."""
