@@ -98,8 +98,9 @@ def rkl(lp, lq, p, q, knob):
 def jsd(lp, lq, p, q, b):
     """Generalised Jensen-Shannon: b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p.
 
-    GKD, 2306.13649, eq. 1. The scale vanishes at both ends: jsd / b -> fkl as b -> 0 and jsd / (1 - b) -> rkl
-    as b -> 1. Use fkl and rkl there; b = 0 or 1 is refused rather than silently rescaled.
+    GKD, 2306.13649, eq. 1; in code, b is TRL's beta, SDPO's alpha and 1 minus DistiLLM's lam.
+    The scale vanishes at both ends: jsd / b -> fkl as b -> 0 and jsd / (1 - b) -> rkl as b -> 1. Use fkl and
+    rkl there; b = 0 or 1 is refused rather than silently rescaled.
     """
     lm = log_mixture(b, q, p)
     pull = (1 - b) * p * (lp - lm)                                # the terms through m cancel in the slope
@@ -126,7 +127,7 @@ def skew_fkl(lp, lq, p, q, a):
 
 @formula(*SKEW)
 def skew_rkl(lp, lq, p, q, a):
-    """KL(p || (1 - a) q + a p). DistiLLM, 2402.03898."""
+    """KL(p || (1 - a) q + a p). DistiLLM, 2402.03898; in DistiLLM-2's code a p has no gradient."""
     lm = log_mixture(a, p, q)
     value = p * (lp - lm)
     return value, value + p - a * p * torch.exp(lp - lm)
@@ -154,8 +155,9 @@ def power(lp, lq, p, q, lam):
 def akl(lp, lq, p, q, mu):
     """Adaptive KL: forward and reverse KL weighted by the gaps |p - q| in q's head and tail. 2404.02657.
 
-    Head: the teacher's largest entries that hold up to mu of its mass, the largest one always. It sorts the
-    vocabulary of every token, so there is no Triton version, and only the full support.
+    Head: the teacher's largest entries that hold up to mu of its mass, the largest one always; in ToDi's code
+    also the entry that crosses mu. It sorts the vocabulary of every token, so there is no Triton version, and
+    only the full support.
     """
     order = q.argsort(dim=-1, descending=True, stable=True)
     in_order = q.gather(-1, order).cumsum(-1) <= mu
@@ -224,6 +226,8 @@ def target_at(name, start, done):
     teacher   (1, 0) throughout
     veto      (1, beta): q p^beta, renormalised. beta falls linearly from `start` to 0. Veto, 2601.07155
     taid      (t, 1 - t): t rises linearly from `start` to 1. TAID, 2501.16937, without its adaptive pace
+
+    `done` reaches 1 at the last step. Veto's code has step / steps, TAID's (step - 1) / steps (at first 0).
     """
     return {"teacher": (1.0, 0.0), "veto": (1.0, start * (1 - done)),
             "taid": (start + (1 - start) * done, (1 - start) * (1 - done))}[name]
