@@ -1,4 +1,5 @@
 """What a run writes: its folder, from which it can be resumed, and the line and record of every step."""
+import hashlib
 import json
 import math
 import sys
@@ -10,11 +11,15 @@ import models
 from config import Refused, identity
 
 from .files import atomic_folder, check_whole, own, read_lines, recover, write_file
+from .graders import complaint
 from .prompts import prompt_text
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+
+
 class Folder:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/ and final/."""
+    """A run's folder: config.json, the LOGS, checkpoint/, adapter/ and final/."""
 
     def __init__(self, out, cfg):
         self.out, self.cfg = out, cfg
@@ -29,10 +34,10 @@ class Folder:
         """Write config.json, the settings of the run."""
         write_file(self.out / "config.json", json.dumps(record, indent=1))
 
-    def log(self, name, record):
-        """Append one JSON line to metrics.jsonl or samples.jsonl."""
+    def log(self, name, *records):
+        """Append JSON lines to one of the LOGS."""
         with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def open_checkpoint(self):
         """Put the checkpoint in its place after a kill between two renames, and refuse a damaged or foreign one."""
@@ -45,7 +50,7 @@ class Folder:
 
     def put_logs_aside(self):
         """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             if (self.out / name).exists():
                 (self.out / name).replace(self.out / f"{name}.old")
 
@@ -76,7 +81,7 @@ class Folder:
         """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
         self.saved = state["step"]
-        for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
+        for path in (self.out / name for name in LOGS):
             if path.exists():
                 kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
@@ -150,6 +155,20 @@ def logged_samples(job, weights, count):
         yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
                **r.notes, "reward": r.reward, "selected": bool(w_T.any()),
                "gap": None if gap_T is None else gap_T.mean().item()}
+
+
+def answers_record(rollouts, stops):
+    """Return what eval.jsonl keeps of the completions of one question, in the order of sampling.
+
+    question: digest of what was asked and how it is graded. lengths: in tokens. cut: whether a completion
+    reached the limit without a stop token. unread: whether the grader found nothing in it to grade.
+    """
+    row = rollouts[0].prompt
+    content = json.dumps([row["prompt"], row["answer"], row["grader"].rpartition("/")[2]])
+    return {"row": row["row"], "question": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "rewards": [r.reward for r in rollouts], "lengths": [len(r.ids_T) for r in rollouts],
+            "cut": [r.ids_T[-1].item() not in stops for r in rollouts],
+            "unread": [complaint(row["grader"], r.text) is not None for r in rollouts]}
 
 
 def warn_of_first_step(cfg, stats):
