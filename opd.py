@@ -50,13 +50,13 @@ import config
 import models
 from config import Refused
 from data.check import check_prompts
-from data.folder import (Folder, answers_record, logged_samples, process_memory, rollout_stats, step_line,
+from data.folder import (Folder, answer_records, logged_samples, process_memory, rollout_stats, step_line,
                          warn_of_first_step)
 from data.graders import grade
 from data.prompts import load_prompts
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
-from methods import METHODS, Job, Rollout, by_branch, by_prompt, shuffled
+from methods import METHODS, Job, Rollout, by_branch, shuffled
 from methods.feedback import Templates, read_templates
 from models import micro_batches
 from sampler import default_rows
@@ -697,31 +697,29 @@ class Run:
         """Whether a prompt and `more` tokens have room in the students' positions."""
         return len(ids) + more <= min(student.positions for student in self.students)
 
-    def answers(self, model, sets, n, part=None):
-        """Return {set: n graded rollouts of each of its prompts}. Seconds count as `part` of the step."""
+    def mean_rewards(self, model, sets, n, part=None, log=False):
+        """Return {set: mean reward} of a model on sets of prompts. Seconds count as `part` of the step.
+
+        log: append a line per prompt to eval.jsonl.
+        """
         cfg = self.cfg
         n = n if cfg.eval_temperature > 0 else 1                # greedy completions are all the same
+        out, step = {}, self.state["step"] - 1                  # as of the line in metrics.jsonl
         with self.without_side_effects(part):
-            return {name: self.sample(model, prompts, n, cfg.eval_temperature, cfg.eval_top_p)
-                    for name, prompts in sets.items()}
-
-    def mean_rewards(self, model, sets, n, part=None):
-        """Return {set: mean reward} of a model's answers."""
-        return {name: sum(r.reward for r in rollouts) / len(rollouts)
-                for name, rollouts in self.answers(model, sets, n, part).items()}
+            for name, prompts in sets.items():
+                rollouts = self.sample(model, prompts, n, cfg.eval_temperature, cfg.eval_top_p)
+                out[name] = sum(r.reward for r in rollouts) / len(rollouts)
+                if log:
+                    self.folder.log("eval", *answer_records(step, name, rollouts, n, model.stops))
+        return out
 
     def evaluate(self):
-        """Return the mean reward per --eval_prompts set, of two students as "1/SET" and "2/SET".
-
-        What became of every question is a line of eval.jsonl.
-        """
-        out, step = {}, self.state["step"] - 1
+        """Return the mean reward per --eval_prompts set, of two students as "1/SET" and "2/SET"."""
+        out = {}
         for i, student in enumerate(self.students, 1):
-            for name, rollouts in self.answers(student, self.evals, self.cfg.eval_rollouts).items():
-                name = f"{i}/{name}" if len(self.students) > 1 else name
-                out[name] = sum(r.reward for r in rollouts) / len(rollouts)
-                self.folder.log("eval", *({"step": step, "set": name, **answers_record(some, student.stops)}
-                                          for some in by_prompt(rollouts).values()))
+            prefix = f"{i}/" if len(self.students) > 1 else ""
+            sets = {prefix + name: prompts for name, prompts in self.evals.items()}
+            out |= self.mean_rewards(student, sets, self.cfg.eval_rollouts, log=True)
         if self.cfg.eval_only:
             tqdm.write("eval " + " ".join(f"{name} {x:.3f}" for name, x in out.items()), file=sys.stdout)
         return out

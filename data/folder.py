@@ -157,18 +157,20 @@ def logged_samples(job, weights, count):
                "gap": None if gap_T is None else gap_T.mean().item()}
 
 
-def answers_record(rollouts, stops):
-    """Return what eval.jsonl keeps of the completions of one question, in the order of sampling.
+def answer_records(step, name, rollouts, n, stops):
+    """Yield what eval.jsonl keeps of every question of a set: n rollouts in a row are of one question.
 
     question: digest of what was asked and how it is graded. lengths: in tokens. cut: whether a completion
     reached the limit without a stop token. unread: whether the grader found nothing in it to grade.
     """
-    row = rollouts[0].prompt
-    content = json.dumps([row["prompt"], row["answer"], row["grader"].rpartition("/")[2]])
-    return {"row": row["row"], "question": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "rewards": [r.reward for r in rollouts], "lengths": [len(r.ids_T) for r in rollouts],
-            "cut": [r.ids_T[-1].item() not in stops for r in rollouts],
-            "unread": [complaint(row["grader"], r.text) is not None for r in rollouts]}
+    for i in range(0, len(rollouts), n):
+        some, row = rollouts[i:i + n], rollouts[i].prompt
+        content = json.dumps([row["prompt"], row["answer"], row["grader"].rpartition("/")[2]])
+        yield {"step": step, "set": name, "row": row["row"],
+               "question": hashlib.sha256(content.encode()).hexdigest()[:16],
+               "rewards": [r.reward for r in some], "lengths": [len(r.ids_T) for r in some],
+               "cut": [r.ids_T[-1].item() not in stops for r in some],
+               "unread": [complaint(row["grader"], r.text) is not None for r in some]}
 
 
 def warn_of_first_step(cfg, stats):
