@@ -287,6 +287,7 @@ FLAGS = {
                        "none", basic=True),
         "out": Flag(None, "the run's folder; default: runs/METHOD-LOSS-seedN", shown="DIR", resume=True,
                     basic=True),
+        "eval_only": Flag(False, "evaluate --student on --eval_prompts, and train nothing", bool),
         "resume": Flag(False, "continue the run in --out from its last checkpoint", bool, resume=True,
                        basic=True),
         "dry_run": Flag(False, "read configs, tokenizers and prompts only, say what the run would do and "
@@ -420,6 +421,10 @@ FLAGS = {
         "log_samples": Flag(2, "rollouts per step and Job that samples.jsonl keeps", AMOUNT, resume=True)}}
 
 GENERAL = {name: flag for group in FLAGS.values() for name, flag in group.items()}
+# What has an effect with --eval_only.
+EVALUATION = {"student", "eval_prompts", "grader", "eval_only", "out", "resume", "dry_run", "max_new_tokens",
+              "drop_long", "micro_tokens", "sample_batch", "chat_template_kwargs", "eval_rollouts",
+              "eval_temperature", "eval_top_p", "device", "dtype", "seed"}
 
 
 # ---- the parser --------------------------------------------------------------------------------------------
@@ -544,14 +549,17 @@ def parse(argv, about, methods):
     command line; None: those that the program was started with.
     """
     given = parse_words(sys.argv[1:] if argv is None else list(argv), about, methods)
-    for flag in ("student", "prompts"):
+    for flag in ("student", "eval_prompts" if "eval_only" in given else "prompts"):
         if not given.get(flag):
             raise Refused(f"--{flag} is missing; python opd.py --help explains the flags")
+    if "eval_only" in given and (without := [name for name in given if name not in EVALUATION]):
+        raise Refused(f"--{without[0]} has no effect with --eval_only")
     cfg = SimpleNamespace(**{name: given.get(name, flag.default) for name, flag in GENERAL.items()
                              if not flag.of_methods})
     if "" in cfg.student:
         raise Refused("--student '' names nothing")
     cfg.student = [home(path) for path in cfg.student]
+    cfg.steps = 0 if cfg.eval_only else cfg.steps
     cfg.prompts = pairs(cfg.prompts, "--prompts", "main")
     cfg.eval_prompts = pairs(cfg.eval_prompts, "--eval_prompts", "eval")
     cfg.teachers = pairs(cfg.teachers, "--teachers", "")
@@ -707,7 +715,10 @@ def complete_machine(cfg, method):
         cfg.eval_every = cfg.steps * len(cfg.student) // rounds if rounds else 0
     if cfg.out == "":
         raise Refused("--out '' names no folder")
-    cfg.out = home(cfg.out or f"runs/{cfg.method}-{cfg.loss}-seed{cfg.seed}")
+    name = f"{cfg.method}-{cfg.loss}"
+    if cfg.eval_only:
+        name = "-".join(["eval", *Path(cfg.student[0]).parts[-2:]])
+    cfg.out = home(cfg.out or f"runs/{name}-seed{cfg.seed}")
     cfg.today = ""                                          # the date on which the run began
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
 

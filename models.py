@@ -376,10 +376,13 @@ def build_optimizers(model, cfg):
 # ---- the models of a run -----------------------------------------------------------------------------------
 
 def load_students(readers, cfg, checkpoint, teacher_learns):
-    """Return the students as Learners: "student", or "1" and "2". checkpoint: to resume from, or None."""
+    """Return the students as Learners: "student", or "1" and "2"; with --eval_only as a Model.
+
+    checkpoint: to resume from, or None.
+    """
     names = ["student"] if len(readers) == 1 else [str(i + 1) for i in range(len(readers))]
     several = len(names) > 1 or teacher_learns
-    students = [load(reader, cfg, learns=True, weights=learner_folder(checkpoint, name, several), name=name)
+    students = [load(reader, cfg, not cfg.eval_only, learner_folder(checkpoint, name, several), name)
                 for reader, name in zip(readers, names)]
     if len(students) > 1 and cfg.teacher_device == "swap" and not cfg.dry_run:
         for student in students:

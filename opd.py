@@ -50,7 +50,8 @@ import config
 import models
 from config import Refused
 from data.check import check_prompts
-from data.folder import Folder, logged_samples, process_memory, rollout_stats, step_line, warn_of_first_step
+from data.folder import (Folder, answer_records, logged_samples, process_memory, rollout_stats, step_line,
+                         warn_of_first_step)
 from data.graders import grade
 from data.prompts import load_prompts
 from kernels import linear_divergence, linear_logprob
@@ -340,6 +341,8 @@ def gradients(run, job, parameters, weights=None):
 
 def begin(run):
     """Check the start, write config.json, and say in metrics.jsonl where the student started."""
+    if run.cfg.eval_only and (run.out / "report.md").exists():
+        return tqdm.write(f"{run.out} has a report.md: it is evaluated")
     check_samplers(run)
     run.folder.take()
     if config.read_config(run.out) != run.previous:
@@ -348,16 +351,17 @@ def begin(run):
     if run.state["step"] == 0:
         run.folder.put_logs_aside()
         run.folder.log("metrics", {"step": -1, **measure(run, 0)})
-    if run.state["step"] >= run.total:
+    if run.state["step"] >= run.total > 0:
         tqdm.write(f"{run.out} has done its {run.state['step']} steps; more --steps go on from there")
 
 
 def check_samplers(run):
     """See that what is sampled is what is trained, on eight short completions that nobody learns from."""
-    cfg, rows = run.cfg, math.ceil(8 / len(run.prompts))
+    cfg, sets = run.cfg, run.prompts or run.evals
+    rows = math.ceil(8 / len(sets))
     for student in run.students:
         prompts = []
-        for branch_rows in run.prompts.values():
+        for branch_rows in sets.values():
             prompts += [student.encode(row["prompt"]) for row in branch_rows[:rows]]
         with run.without_side_effects(), student.on_device():
             models.check_sampler(student, prompts, min(cfg.max_new_tokens, 32), cfg.sample_batch,
@@ -431,8 +435,9 @@ def check_sound(run, jobs):
 
 
 def finish(run):
-    """Write final/ and, where lab/ is there, the report."""
-    run.folder.finish(run.students)
+    """Write final/, if anything was trained, and, where lab/ is there, the report."""
+    if run.total:
+        run.folder.finish(run.students)
     if report := lab("report"):
         report.write_run(run.out)
 
@@ -451,12 +456,13 @@ class Run:
         if self.previous and not cfg.dry_run:
             self.folder.take()                                  # before the checkpoint is looked for
         checkpoint = self.folder.find_checkpoint() if self.previous else None
-        if checkpoint:
+        goes_on = checkpoint or self.previous and (cfg.eval_only or self.previous.get("eval_only"))
+        if goes_on:
             for name in ("max_new_tokens", "sample_batch", "today"):    # what their defaults were then
                 setattr(cfg, name, getattr(cfg, name) or self.previous.get(name))
         cfg.today = cfg.today or time.strftime("%Y-%m-%d")
         self.read_models()                                      # whatever is wrong is found before the
-        if checkpoint:                                          # weights are read
+        if goes_on:                                             # weights are read
             config.check_same_experiment(cfg, self.previous)
         if not cfg.max_new_tokens:
             cfg.max_new_tokens = 2048 if self.student.may_think() else 512
@@ -484,7 +490,8 @@ class Run:
         self.gate_prompts = read(getattr(cfg, "val_prompts", {}))
         templates = getattr(cfg, "templates", None)
         self.templates = read_templates(templates) if templates else Templates()
-        texts = self.prompts | {f"val {branch}": rows for branch, rows in self.gate_prompts.items()}
+        texts = dict(self.prompts or self.evals)
+        texts |= {f"val {branch}": rows for branch, rows in self.gate_prompts.items()}
         texts |= {"templates": vars(self.templates)} if templates else {}
         cfg.prompts_sha256 = {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
                               for name, text in texts.items()}
@@ -564,7 +571,8 @@ class Run:
         """Yield the method's lists of Jobs. Every step has its own seed: a resumed one repeats itself."""
         own = {name: getattr(self.cfg, name) for name in self.method.own}
         method = self.method.generator(self, **own)
-        with tqdm(total=self.total, initial=self.state["step"], desc=self.cfg.out, unit="step") as progress:
+        with tqdm(total=self.total, initial=self.state["step"], desc=self.cfg.out, unit="step",
+                  disable=not self.total) as progress:
             while self.state["step"] < self.total:
                 if self.stopping:
                     raise KeyboardInterrupt
@@ -686,23 +694,32 @@ class Run:
         """Whether a prompt and `more` tokens have room in the students' positions."""
         return len(ids) + more <= min(student.positions for student in self.students)
 
-    def mean_rewards(self, model, sets, n, part=None):
-        """Return {set: mean reward} of a model on sets of prompts. Seconds count as `part` of the step."""
+    def mean_rewards(self, model, sets, n, part=None, log=False):
+        """Return {set: mean reward} of a model on sets of prompts. Seconds count as `part` of the step.
+
+        log: append a line per prompt to eval.jsonl.
+        """
         cfg = self.cfg
         n = n if cfg.eval_temperature > 0 else 1                # greedy completions are all the same
-        out = {}
+        out, step = {}, self.state["step"] - 1                  # as of the line in metrics.jsonl
         with self.without_side_effects(part):
             for name, prompts in sets.items():
                 rollouts = self.sample(model, prompts, n, cfg.eval_temperature, cfg.eval_top_p)
                 out[name] = sum(r.reward for r in rollouts) / len(rollouts)
+                if log:
+                    self.folder.log("eval", *answer_records(step, name, rollouts, n, model.stops))
         return out
 
     def evaluate(self):
         """Return the mean reward per --eval_prompts set, of two students as "1/SET" and "2/SET"."""
-        scores = [self.mean_rewards(student, self.evals, self.cfg.eval_rollouts) for student in self.students]
-        if len(scores) == 1:
-            return scores[0]
-        return {f"{i}/{name}": x for i, named in enumerate(scores, 1) for name, x in named.items()}
+        out = {}
+        for i, student in enumerate(self.students, 1):
+            prefix = f"{i}/" if len(self.students) > 1 else ""
+            sets = {prefix + name: prompts for name, prompts in self.evals.items()}
+            out |= self.mean_rewards(student, sets, self.cfg.eval_rollouts, log=True)
+        if self.cfg.eval_only:
+            tqdm.write("eval " + " ".join(f"{name} {x:.3f}" for name, x in out.items()), file=sys.stdout)
+        return out
 
     @contextlib.contextmanager
     def without_side_effects(self, part=None):

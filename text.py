@@ -217,7 +217,7 @@ def end_of_turn(tok):
 
 def read_models(cfg, teacher_learns):
     """Return ([Reader of a student], {path: Reader of a teacher}), which share token ids and stop tokens."""
-    students = [read(path, cfg.chat_template_kwargs, cfg.today, learns=True) for path in cfg.student]
+    students = [read(path, cfg.chat_template_kwargs, cfg.today, not cfg.eval_only) for path in cfg.student]
     teachers = {path: read(path, cfg.teacher_chat_template_kwargs, cfg.today, learns=teacher_learns)
                 for path in dict.fromkeys(cfg.teachers.values())}
     for path, teacher in teachers.items():

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from config import Parser, Refused, first_line, nearest, parse_json
 
-from . import sciknoweval
+from . import ifeval, sciknoweval
 from .files import write_file
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+LETTER_PROMPT = ('{}\n\nPlease reason step by step, and end with "Final answer: X", where X is the letter of '
+                 "your choice.")
 
 
 def gsm8k(row):
@@ -36,6 +38,17 @@ def math(row):
     return {"prompt": MATH_PROMPT.format(row["problem"]), "answer": str(row["answer"]), "grader": "boxed"}
 
 
+def medqa(row):
+    """Return the prompt row of a row of MedQA: {question, options, answer_idx}, or {prompt, answer}."""
+    letter, text = row.get("answer_idx", row["answer"]), row.get("prompt")
+    if "options" in row:
+        text = f"{row['question']}\nAnswer Choices: " + " ".join(f"({x}) {row['options'][x]}"
+                                                                  for x in sorted(row["options"]))
+    if not letter or f"({letter}) " not in text:
+        raise Refused(f"the answer {letter!r} is no choice's letter")
+    return {"prompt": LETTER_PROMPT.format(text), "answer": letter, "grader": "final_letter"}
+
+
 @dataclass(frozen=True)
 class Set:
     """A public set, and how its rows become prompt rows."""
@@ -48,7 +61,8 @@ class Set:
 
 SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": Set(math, None, "test"),
         "math-ai/aime24": Set(math, None, "test"), "math-ai/aime25": Set(math, None, "test"),
-        "math-ai/amc23": Set(math, None, "test")}
+        "math-ai/amc23": Set(math, None, "test"), "google/IFEval": Set(ifeval.prompt_row, None, "train"),
+        "GBaker/MedQA-USMLE-4-options": Set(medqa, None, "train")}
 SETS |= {f"hicai-zju/SciKnowEval/{domain}": Set(sciknoweval.converter(domain), None, "test",
                                                 "hicai-zju/SciKnowEval", sciknoweval.splitter(domain))
          for domain in sciknoweval.TESTS}

@@ -1,4 +1,5 @@
 """What a run writes: its folder, from which it can be resumed, and the line and record of every step."""
+import hashlib
 import json
 import math
 import sys
@@ -10,11 +11,15 @@ import models
 from config import Refused, identity
 
 from .files import atomic_folder, check_whole, own, read_lines, recover, write_file
+from .graders import complaint
 from .prompts import prompt_text
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+
+
 class Folder:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/ and final/."""
+    """A run's folder: config.json, the LOGS, checkpoint/, adapter/ and final/."""
 
     def __init__(self, out, cfg):
         self.out, self.cfg = out, cfg
@@ -29,10 +34,10 @@ class Folder:
         """Write config.json, the settings of the run."""
         write_file(self.out / "config.json", json.dumps(record, indent=1))
 
-    def log(self, name, record):
-        """Append one JSON line to metrics.jsonl or samples.jsonl."""
+    def log(self, name, *records):
+        """Append JSON lines to one of the LOGS."""
         with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def open_checkpoint(self):
         """Put the checkpoint in its place after a kill between two renames; refuse a damaged, foreign one."""
@@ -46,7 +51,7 @@ class Folder:
 
     def put_logs_aside(self):
         """Rename the logs of a run that was killed before its first checkpoint, since it begins again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             if (self.out / name).exists():
                 (self.out / name).replace(self.out / f"{name}.old")
 
@@ -77,10 +82,9 @@ class Folder:
         """Restore learners from the checkpoint, drop log lines of later steps, and return the run's state."""
         state = models.restore_learners(learners, self.out / "checkpoint")
         self.saved = state["step"]
-        for name in ("metrics", "samples"):
-            path = self.out / f"{name}.jsonl"
+        for path in (self.out / name for name in LOGS):
             kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
-            if name == "metrics" and (lost := state["step"] + 1 - len(kept)):
+            if path.name == "metrics.jsonl" and (lost := state["step"] + 1 - len(kept)):
                 tqdm.write(f"note: {path} has lost {lost} lines of {state['step'] + 1}; the report goes without")
             if path.exists():
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
@@ -154,6 +158,22 @@ def logged_samples(job, weights, count):
         yield {"branch": r.prompt["branch"], "prompt": prompt_text(r.prompt["prompt"]), "completion": r.text,
                **r.notes, "reward": r.reward, "selected": bool(w_T.any()),
                "gap": None if gap_T is None else gap_T.mean().item()}
+
+
+def answer_records(step, name, rollouts, n, stops):
+    """Yield what eval.jsonl keeps of every question of a set: n rollouts in a row are of one question.
+
+    question: digest of what was asked and how it is graded. lengths: in tokens. cut: whether a completion
+    reached the limit without a stop token. unread: whether the grader found nothing in it to grade.
+    """
+    for i in range(0, len(rollouts), n):
+        some, row = rollouts[i:i + n], rollouts[i].prompt
+        content = json.dumps([row["prompt"], row["answer"], row["grader"].rpartition("/")[2]])
+        yield {"step": step, "set": name, "row": row["row"],
+               "question": hashlib.sha256(content.encode()).hexdigest()[:16],
+               "rewards": [r.reward for r in some], "lengths": [len(r.ids_T) for r in some],
+               "cut": [r.ids_T[-1].item() not in stops for r in some],
+               "unread": [complaint(row["grader"], r.text) is not None for r in some]}
 
 
 def warn_of_first_step(cfg, stats):

@@ -6,6 +6,8 @@ r"""Graders: does a completion answer the question? One per convention; its scor
     boxed         the last \boxed{} is mathematically the answer; MATH, AIME (needs math-verify)
     letter_tag    the last <answer> tag holds the answer, a letter or a symbol of two; SciKnowEval
     final_letter  the last "Final answer: X" has the answer's letter; MedQA
+    ifeval        the share of the answer's instructions that the completion follows, strictly; IFEval
+                  (needs lm-eval; data/ifeval.py)
     FILE.py:NAME  your own: the function NAME(completion, row) returns a number in [0, 1] for a prompt row
 
 They read a completion without its thinking, and judge its answer, not a piece of it: 1/4 is no 4, x^2 is
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from config import Refused, home, nearest
 
+from . import ifeval
 from .mathematics import same
 
 
@@ -178,12 +181,12 @@ def find_final_letter(text):
 @dataclass(frozen=True)
 class Grader:
     """A convention of how a completion answers."""
-    form: str                           # the plainest correct completion, in which {} stands for the answer
+    form: str                           # the plainest correct completion, {} standing for the answer, or ""
     find: Callable                      # text -> (place, answer), or None
     what: str                           # it looks for, in words
     read: Callable = str.strip          # the row's answer, a text -> what `equal` compares; None: it cannot
     kind: str = ""                      # what the row's answer has to be, in words
-    equal: Callable = operator.eq       # (found answer, read answer) -> whether they are the same
+    equal: Callable = operator.eq       # (found answer, read answer) -> whether they are the same, or a score
 
 
 def number_answer(answer):
@@ -212,7 +215,9 @@ GRADERS = {
     "letter_tag": Grader("<answer>{}</answer>", find_tag, "<answer>..</answer>", label, "a letter",
                          lambda found, answer: label(found) == answer),
     "final_letter": Grader("Final answer: {}", find_final_letter, '"Final answer: X"', letter_answer,
-                           "a letter")}
+                           "a letter"),
+    "ifeval": Grader("", lambda text: (0, text), "text", ifeval.checkers,
+                     "a list of [instruction, arguments]", ifeval.share_followed)}
 
 
 def grade(grader, completion, answer, row=None):
@@ -235,11 +240,11 @@ def grade(grader, completion, answer, row=None):
 def can_be_correct(grader, answer, row=None):
     """Return whether any completion can be correct: whether the grader accepts the plainest one.
 
-    Of a user's own grader that is not known: it only has to return a score. Raise Refused, as `grade` does,
-    for a name that is no grader's and for an answer that is not of the grader's kind.
+    Of ifeval and a user's own grader that is not known: it only has to return a score. Raise Refused, as
+    `grade` does, for a name that is no grader's and for an answer that is not of the grader's kind.
     """
     form = "{}" if grader not in GRADERS else GRADERS[grader].form
-    return grade(grader, form.format(answer), answer, row) > 0 or is_own(grader)
+    return grade(grader, form.format(answer), answer, row) > 0 or is_own(grader) or not form
 
 
 def complaint(grader, completion):
@@ -259,9 +264,9 @@ def split_at_answer(grader, text, answer):
     what comes after is left out. For the grader exact the answer of a chain is its last word, and whatever
     has another number of words than the right answer has no rationale.
     """
-    if is_own(grader):
+    if is_own(grader) or not GRADERS[grader].form:
         raise Refused(f"where a completion answers is not known of the grader {grader}, only of: "
-                      f"{', '.join(GRADERS)}")
+                      f"{', '.join(name for name in GRADERS if GRADERS[name].form)}")
     text, answer = without_thinking(text), str(answer)
     found = GRADERS[grader].find(text)
     if not found:

@@ -64,7 +64,8 @@ class Live(TorchDispatchMode):
 
 def show(run):
     """Print the preflight of a Run whose networks are fake."""
-    for part in (about_models, about_tokens, about_prompts, about_steps, about_memory):
+    training = () if run.cfg.eval_only else (about_prompts, about_steps)
+    for part in (about_models, about_tokens, *training, about_memory):
         part(run)
     print("not looked at: the weights, and what shows only when they compute")
 
@@ -199,6 +200,8 @@ def memory(run):
     The phases are the loop's, and evaluation belongs to "sample". The student samples: what a teacher or a
     tutor takes while it writes (seqkd, opcod) is not counted there.
     """
+    if run.cfg.eval_only:
+        return {"student's weights": {"sample": weight_bytes(run.student)}} | sampling_parts(run)
     teachers = [teacher for teacher in distinct(run) if not teacher.without_adapter]
     parts = kept_bytes(run, teachers) | passing_bytes(run, teachers)
     if getattr(run.cfg, "diagnose_every", 0):
@@ -238,17 +241,11 @@ def learning(run):
 
 def passing_bytes(run, teachers):
     """Return the parts that come and go within a step: sampling, one micro-batch, and the loss."""
-    cfg, student, parts = run.cfg, run.student, {}
+    cfg, student, parts = run.cfg, run.student, sampling_parts(run)
     prompt, completion = run.longest.prompt, run.longest.completion
     length, read = prompt + completion, longest_read(run) + completion
     sequences = cfg.batch * per_prompt(cfg)
     micro, micro_read = (max(1, min(sequences, cfg.micro_tokens // tokens)) for tokens in (length, read))
-
-    evaluated = [len(rows) * cfg.eval_rollouts for rows in run.evals.values()]
-    written = max([sequences if run.method.samples else 0, *evaluated])
-    if sampled := min(written, cfg.sample_batch):
-        parts[f"sampling {sampled} x {length:,} tokens"] = {
-            "sample": sampling_bytes(student, sampled, prompt, length)}
 
     readers = []                                                # the models that score
     if run.teachers or any(run.self_teachers):
@@ -265,6 +262,16 @@ def passing_bytes(run, teachers):
         "score": buffers, "update": buffers}
     parts["gradients in it, states of both models"] = {"update": loss_bytes(run, tokens, teachers)}
     return parts
+
+
+def sampling_parts(run):
+    """Return what sampling takes, in training or in evaluation, or nothing where nothing is sampled."""
+    cfg, prompt, length = run.cfg, run.longest.prompt, run.longest.prompt + run.longest.completion
+    evaluated = [len(rows) * cfg.eval_rollouts for rows in run.evals.values()]
+    written = max([cfg.batch * per_prompt(cfg) if run.method.samples else 0, *evaluated])
+    sampled = min(written, cfg.sample_batch)
+    return {f"sampling {sampled} x {length:,} tokens": {
+        "sample": sampling_bytes(run.student, sampled, prompt, length)}} if sampled else {}
 
 
 def weight_bytes(model):

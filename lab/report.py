@@ -1,15 +1,18 @@
 """Reports: what one run looks like, written from the files that it left.
 
-Reads metrics.jsonl, config.json and samples.jsonl of a run's folder, and writes report.md and pictures there.
+Reads config.json and the logs (metrics, samples, eval) of a run's folder, and writes report.md and pictures
+there.
 """
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
+from config import Refused
 from data.files import read_lines, write_file
 
 SAMPLES = 2, 3                      # how many of the first and of the last samples a report shows
@@ -24,6 +27,16 @@ def read_metrics(out):
     steps = [line for line in lines if "loss" in line]
     evals = [(line["step"] + 1, line["eval"]) for line in lines if line.get("eval")]
     return steps, evals
+
+
+def read_answers(out):
+    """Return {updates done: {set: records}} of a run's eval.jsonl, which has a record per question."""
+    found = {}
+    for record in read_lines(Path(out) / "eval.jsonl", "step"):
+        if not {"set", "row", "question", "rewards", "cut", "unread"} <= record.keys():
+            raise Refused(f"{out}/eval.jsonl has a line that is no record of a question: {str(record)[:80]}")
+        found.setdefault(record["step"] + 1, {}).setdefault(record["set"], []).append(record)
+    return found
 
 
 def read_diagnoses(out):
@@ -64,11 +77,15 @@ def write_run(out):
     gates = [line["gate"] for line in read_lines(out / "metrics.jsonl") if "gate" in line]
     samples = read_lines(out / "samples.jsonl") if (out / "samples.jsonl").exists() else []
 
-    if not steps:
+    if not steps and not config.get("eval_only"):
         return write_file(out / "report.md", f"{title(config)}\n\nmetrics.jsonl has no step.\n")
-    blocks = [title(config), about_run(config, steps)]
+    blocks = [title(config), about_run(config, steps)] if steps else [title(config)]
     if evals:
         blocks += ["## Accuracy", accuracy_table(evals), about_accuracy(config)]
+    if answers := read_answers(out):
+        blocks += [answers_table(answers), ABOUT_ANSWERS]
+    if not steps:
+        return write_file(out / "report.md", "\n\n".join(blocks + settings(config)) + "\n")
     if gates:
         blocks += ["## Rounds", gate_table(gates), about_gates(config), *break_table(gates)]
     if rounds := [line["round"] for line in steps if "round" in line]:
@@ -112,7 +129,8 @@ def title(config):
         taught = f" taught by {teachers}"
     elif len(config["student"]) > 1:
         taught = " tutoring each other"
-    return f"# {students}{taught}: {config['method']}, {config['loss']}"
+    learned = "evaluation" if config.get("eval_only") else f"{config['method']}, {config['loss']}"
+    return f"# {students}{taught}: {learned}"
 
 
 def about_run(config, steps):
@@ -156,6 +174,56 @@ def about_accuracy(config):
     top_p = f", top_p {config['eval_top_p']:g}" if config["eval_top_p"] < 1 else ""
     return (f"In %, on {files}; {config['eval_rollouts']} completion(s) per prompt at temperature "
             f"{config['eval_temperature']:g}{top_p}.")
+
+
+ABOUT_ANSWERS = ("In %, with a 95% interval over questions: Wilson's, for as many questions as would give the "
+                 "variance that the questions' values have. pass@k: of k completions of a question one is right "
+                 "(reward 1), the unbiased estimate of Chen et al., 2107.03374. Cut: completions that did not "
+                 "end; unread: those in which the grader found nothing to grade, as far as it can say.")
+
+
+def answers_table(answers):
+    """Return a table with a row per set at the first and the last evaluation. answers: of read_answers."""
+    rewards = [r["rewards"] for sets in answers.values() for some in sets.values() for r in some]
+    ks = sorted({k for of_question in rewards for k in some_ks(len(of_question))})
+    if all(reward in (0, 1) for of_question in rewards for reward in of_question):
+        ks.remove(1)                                        # the mean is pass@1
+    rows = [["after step", "set", "questions", "mean", *(f"pass@{k}" for k in ks), "cut", "unread"]]
+    for step in dict.fromkeys([min(answers), max(answers)]):
+        for name, some in answers[step].items():
+            of_k = [[pass_at(k, r["rewards"]) for r in some if len(r["rewards"]) >= k] for k in ks]
+            counts = [f"{sum(sum(r[what]) for r in some):,} of {sum(len(r[what]) for r in some):,}"
+                      for what in ("cut", "unread")]
+            means = [statistics.mean(r["rewards"]) for r in some]
+            rows.append([step, name, len(some), with_interval(means), *map(with_interval, of_k), *counts])
+    return markdown_table(rows)
+
+
+def some_ks(most):
+    """Return the k of pass@k that are shown: powers of 2 up to the completions of a question, and these."""
+    return {2**i for i in range(most.bit_length())} | {most}
+
+
+def pass_at(k, rewards):
+    """Return the chance that of k of these completions one has reward 1: 1 - C(n - c, k) / C(n, k)."""
+    wrong = sum(reward < 1 for reward in rewards)
+    return 1 - math.comb(wrong, k) / math.comb(len(rewards), k)
+
+
+def interval(values):
+    """Return the ends of the 95% interval of a mean of values in [0, 1], one per question (ABOUT_ANSWERS)."""
+    p, variance, z = statistics.mean(values), statistics.pvariance(values), 1.96
+    n = len(values) * (p * (1 - p) / variance if variance else 1)
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def with_interval(values):
+    """Return a mean in % with its interval, as in "50.0 [23.7, 76.3]"; "" without values."""
+    if not values:
+        return ""
+    low, high = interval(values)
+    return f"{100 * statistics.mean(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def change_tables(steps):

@@ -32,7 +32,7 @@ from config import OneOf, PerBranch, Ratio, json_object
 from data import convert, small_world
 from data.files import checksums
 from data.scratch import CHATML
-from lab import recipes
+from lab import compare, recipes
 
 SECONDS = 20                            # more would be a hang
 LONGEST = 1000                          # characters of a line that anybody reads
@@ -237,6 +237,12 @@ def row(name, make, *words, **more):
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
+def only(world, *words):
+    """A command line that only evaluates a tiny model."""
+    line = ["--student", world.models / "a", "--device", "cpu", "--max_new_tokens", "2", "--eval_only", *words]
+    return list(map(str, line))
+
+
 def one_flag_rows():
     """Rows of every flag: a value of a wrong type, one that is out of range, none at all, and two."""
     for name, flag in EVERY_FLAG.items():
@@ -268,10 +274,31 @@ def one_flag_rows():
                   f"--{name} is given twice")
 
 
+ONLY = ["--student", "a", "--device", "cpu", "--eval_only"]
 SAMPLES = "has no effect without a --method that samples"
 LINES = [                                                       # no file of these has to exist
     row("nothing", [], "--student is missing", "--help"),
     row("no prompts", ["--student", "a"], "--prompts is missing"),
+    row("an evaluation without prompts", ONLY, "--eval_prompts is missing"),
+    row("an evaluation with training prompts", [*ONLY, "--eval_prompts", "e", "--prompts", "p"],
+        "--prompts has no effect with --eval_only"),
+    row("an evaluation with a teacher", [*ONLY, "--eval_prompts", "e", "--teachers", "t"],
+        "--teachers has no effect with --eval_only"),
+    row("an evaluation with steps", [*ONLY, "--eval_prompts", "e", "--steps", "5"],
+        "--steps has no effect with --eval_only"),
+    row("an evaluation of two students", [*ONLY, "--eval_prompts", "e", "--student", "a", "b"],
+        "--student is given twice"),
+    row("an evaluation of prompts that are not there", [*ONLY, "--eval_prompts", "e"], "no prompt file e"),
+    row("an evaluation of a set that cannot be reached", [*ONLY, "--eval_prompts", "google/IFEval"],
+        "cannot load google/IFEval"),
+    row("an evaluation of a set with a slip", [*ONLY, "--eval_prompts", "google/IFevall"],
+        "no prompt file google/IFevall", "google/IFEval"),
+    row("an evaluation without answers", lambda w: only(w, "--eval_prompts", w.file("e.jsonl", {
+        "prompt": "a"})), 'e.jsonl:1: no "answer", so it cannot be evaluated'),
+    row("an evaluation of no instructions", lambda w: only(w, "--eval_prompts", w.file("e.jsonl", dict(
+        GOOD, grader="ifeval"))), "e.jsonl:1: grader 'ifeval' needs "),
+    row("an evaluation in a training's folder", lambda w: only(w, "--eval_prompts", w.file("e.jsonl", GOOD),
+        "--resume", "--out", w.run()["out"]), "--resume with another", "would be another experiment"),
     row("no value", ["--student", "--prompts", "p"], "--student: expected at least one argument"),
     row("two students", words(student=["a", "b"]), "--method opd has one student", "opcod"),
     row("opcod with one student", words("opcod", student="a"), "needs two students", "got 1"),
@@ -1215,6 +1242,32 @@ def recipe(name, line, *words, **more):
     return row(name, line, *words, main=recipes.main, program="lab.recipes", **more)
 
 
+def compared(name, content_of_b, *words, **more):
+    """A row of lab.compare: what the second run's eval.jsonl holds; the first one's is ANSWER."""
+    def line(w):
+        for folder, content in (("a", ANSWER), ("b", content_of_b)):
+            w.file(f"{folder}/eval.jsonl", content)
+        return [w.root / "a", w.root / "b", "--out", w.root / "c.png"]
+    return row(name, line, *words, main=compare.main, program="lab.compare", status=2, **more)
+
+
+ANSWER = {"step": -1, "set": "e", "row": 1, "question": "q", "rewards": [1.0], "lengths": [1], "cut": [False],
+          "unread": [False]}
+COMPARE = [
+    row("nothing to compare", [], "RUN", main=compare.main, program="lab.compare", status=2),
+    row("one run to compare", ["a"], "RUN", main=compare.main, program="lab.compare", status=2),
+    row("a run that is not there", ["a", "b"], "a has no evaluation in an eval.jsonl", main=compare.main,
+        program="lab.compare", status=2),
+    compared("no evaluation", "", "b has no evaluation in an eval.jsonl"),
+    compared("an evaluation of another question", ANSWER | {"question": "r"}, "asked different questions"),
+    compared("an evaluation of one question more", [ANSWER, ANSWER | {"row": 2}],
+        "asked different questions, first in row 2, 1 and 2 in all"),
+    compared("an evaluation of another set", ANSWER | {"set": "f"}, "no set is in both"),
+    compared("a line that is no record", {"step": 1}, "has a line that is no record of a question"),
+    row("a step that is no number", ["a", "b", "--step", "x"], "--step", "'x'", main=compare.main,
+        program="lab.compare", status=2),
+]
+
 RECIPES = [
     recipe("a recipe that is unknown", ["smal-opcd"], "unknown recipe smal-opcd; did you mean small-opcod?"),
     recipe("an empty recipe", [""], "unknown recipe ; there are: small"),
@@ -1283,12 +1336,25 @@ CONVERT = [
     gsm8k("a file of another set", {"problem": "a", "answer": "b"}, ":1: not a row of openai/gsm8k"),
     gsm8k("a file of texts", '["a"]', ":1: not a row of openai/gsm8k"),
     gsm8k("an answer without ####", {"question": "a", "answer": "b"}, ":1: not a row of openai/gsm8k"),
+    converted("IFEval in another format", lambda w: ["google/IFEval", "--file", w.file("g", {"prompt": "a"})],
+        "g:1: not a row of google/IFEval: KeyError('kwargs')"),
+    converted("IFEval without an instruction's arguments", lambda w: ["google/IFEval", "--file", w.file("g", {
+        "prompt": "a", "instruction_id_list": ["b", "c"], "kwargs": [{}]})], "g:1: not a row of google/IFEval",
+        "argument 2 is shorter"),
+    converted("IFEval with texts for arguments", lambda w: ["google/IFEval", "--file", w.file("g", {
+        "prompt": "a", "instruction_id_list": ["b"], "kwargs": ["c"]})], "g:1: not a row of google/IFEval"),
+    converted("MedQA in another format", lambda w: ["GBaker/MedQA-USMLE-4-options", "--file", w.file("g", {
+        "question": "a", "answer": "b"})], "g:1: not a row of GBaker/MedQA-USMLE-4-options"),
+    *[converted(f"MedQA with the answer {x!r}", lambda w, x=x: ["GBaker/MedQA-USMLE-4-options", "--file",
+        w.file("g", {"question": "a", "options": {"A": "b", "B": "c"}, "answer": "b", "answer_idx": x})],
+        "g:1: not a row of GBaker/MedQA-USMLE-4-options", f"the answer {x!r} is no choice's letter")
+      for x in ("E", "", None)],
     gsm8k("an answer that is a number", {"question": "a", "answer": 5}, ":1: not a row of openai/gsm8k"),
 ]
 
 TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *CHAT, *CONFIGS,
 *WEIGHTS,
-         *RESUME, *RECIPES, *CONVERT]
+         *RESUME, *RECIPES, *COMPARE, *CONVERT]
 
 
 @pytest.mark.filterwarnings("ignore:coroutine", "ignore:Detected pickle")       # of what they are about
@@ -1313,7 +1379,8 @@ def test_bad_input_ends_in_one_line(row, world, monkeypatch, capsys):
 
 def test_the_inputs_that_the_rows_are_made_of_pass(world, monkeypatch, capsys):
     """Otherwise a row could be refused for what it has in common with all others."""
-    for line in (world.argv(), world.argv(method="opsd"), world.argv(prompts=world.file("rows.jsonl", GOOD)),
+    for line in (world.argv(), world.argv(method="opsd"), only(world, "--eval_prompts", world.file("e", GOOD)),
+                 world.argv(prompts=world.file("rows.jsonl", GOOD)),
                  world.argv(student=world.model(template=CHATML), teachers=world.model(template=CHATML),
                             prompts=world.file("p", {"prompt": [ME]})),
                  world.argv(student=world.model(), teachers=world.weights(lambda weights: None)),

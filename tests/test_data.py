@@ -266,6 +266,38 @@ def test_sciknoweval_files_that_cannot_be_are_refused_in_one_line(tmp_path, caps
     assert len(rows) == 30 and rows[0]["branch"] == "physics"
 
 
+def test_ifeval_of_the_hub_and_of_its_file_are_the_same_rows(tmp_path):
+    """On the hub every instruction has all arguments, and None where it has none."""
+    row = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["a:b", "c:d"],
+           "kwargs": [{}, {"n": 3, "x": ["y"]}]}
+    hub = row | {"kwargs": [{"n": None, "x": None}, {"n": 3, "x": ["y"]}]}
+    found = [convert.rows("google/IFEval", hub_file(tmp_path, [one])) for one in (row, hub)]
+    assert found[0] == found[1] == [{"prompt": "Say it.", "grader": "ifeval",
+                                     "answer": '[["a:b", {}], ["c:d", {"n": 3, "x": ["y"]}]]'}]
+
+
+MEDQA, CHOICES = "GBaker/MedQA-USMLE-4-options", {"A": "rest", "B": "ice", "C": "heat", "D": "none"}
+
+
+def test_medqa_of_the_hub_and_with_its_choices_in_the_prompt_are_the_same_rows(tmp_path):
+    hub = {"question": "What helps?", "answer": "ice", "options": CHOICES, "answer_idx": "B"}
+    plain = {"prompt": "What helps?\nAnswer Choices: (A) rest (B) ice (C) heat (D) none", "answer": "B"}
+    found = [convert.rows(MEDQA, hub_file(tmp_path, [one])) for one in (hub, plain)]
+    assert found[0] == found[1]
+    row = found[0][0]
+    assert row["prompt"].startswith(plain["prompt"] + "\n\n") and '"Final answer: X"' in row["prompt"]
+    assert (row["answer"], row["grader"]) == ("B", "final_letter")
+    assert can_be_correct(row["grader"], row["answer"])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
+def test_every_question_of_medqa_has_its_answer_among_four_choices():
+    rows = convert.rows(MEDQA, SHARED / "medqa" / "test.jsonl")
+    assert len(rows) == 1273 and {row["answer"] for row in rows} == set("ABCD")
+    assert all(f"({letter}) " in row["prompt"] for row in rows for letter in "ABCD")
+    assert all(can_be_correct(row["grader"], row["answer"]) for row in rows)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
 def test_real_physics_splits_as_sdpo_did(capsys):
     """The hub's rows in the hub's order give SDPO's own train and test problems, letter by letter."""

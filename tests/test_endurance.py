@@ -48,7 +48,7 @@ WRITERS = """own write_file atomic_folder sync recover take write_config log ope
              restore finish save_model save_learners save_adapters save_final""".split()
 DIFFER = ("seconds", "memory_gib", "memory_gib_by_part")        # between two runs of the same command
 LEFT = {"config.json", "metrics.jsonl", "samples.jsonl", "report.md", "curves.png", "checkpoint", "final",
-        "adapter", ".lock", "metrics.jsonl.old", "samples.jsonl.old"}       # what a finished run may leave
+        "adapter", ".lock", "metrics.jsonl.old", "samples.jsonl.old", "eval.jsonl", "eval.jsonl.old"}       # what a finished run may leave
 
 
 @pytest.fixture(autouse=True)

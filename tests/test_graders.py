@@ -1,6 +1,8 @@
 """Graders: what counts as an answer, what a completion cannot do to a run, and graders of the user's own."""
 import importlib.util
 import json
+import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import Refused
-from data import convert, mathematics
+from data import convert, ifeval, mathematics
 from data.graders import GRADERS, can_be_correct, complaint, grade, last_boxed, split_at_answer
 from data.prompts import load_prompts
 from opd import main
@@ -17,6 +19,9 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not part of the project")
 mathematical = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None,
                                   reason="optional: pip install 'math-verify[antlr4_13_2]'")
+
+instructed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None,
+                                reason="optional: pip install 'lm-eval[ifeval]'")
 
 CASES = {
     "exact": [(" map ", "map", 1), ("map x", "map", 0), ("<think>pam?</think>\nmap", "map", 1),
@@ -116,7 +121,7 @@ def test_boxed_is_mathematical(completion, answer, score):
 
 
 def test_there_are_cases_enough_for_every_grader():
-    assert len(HARD) >= 60 and {"boxed", *CASES} == set(GRADERS)
+    assert len(HARD) >= 60 and {"boxed", "ifeval", *CASES} == set(GRADERS)
 
 
 def test_a_box_ends_at_its_own_brace():
@@ -316,6 +321,134 @@ def test_boxed_without_math_verify_is_refused(process):
     process("raise ImportError")
     with pytest.raises(Refused, match="pip install 'math-verify"):
         can_be_correct("boxed", "5")
+
+
+# ---- IFEval ------------------------------------------------------------------------------------------------
+
+COMMA, WORDS = ["punctuation:no_comma", {}], ["length_constraints:number_words",
+                                              {"relation": "at least", "num_words": 3}]
+SENTENCES = ["length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3}]
+CAPITALS = ["change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2}]
+FOLLOWED = [
+    ([COMMA], "no comma", 1), ([COMMA], "a, b", 0), ([COMMA], "", 0), ([COMMA], " \n", 0),
+    ([COMMA, WORDS], "one two three", 1), ([COMMA, WORDS], "one two", 0.5), ([COMMA, WORDS], "one, two", 0),
+    ([COMMA, WORDS, SENTENCES], "One, two. Three. Four.", 1 / 3), ([SENTENCES], "One. Two.", 1),
+    ([CAPITALS], "A BIG HOUSE", 1), ([CAPITALS], "a BIG house", 0),
+    ([COMMA], "<think>a, b</think>no comma", 1), ([COMMA], "<think>no comma", 0),
+    ([["detectable_format:json_format", {}]], '{"a": 1}', 1),
+    ([["detectable_format:json_format", {}]], "[" * 100_000, 0),           # RecursionError is no answer
+    ([["language:response_language", {"language": "de"}]], "Das ist ein gewöhnlicher deutscher Satz.", 1),
+    ([["language:response_language", {"language": "de"}]], "This is an ordinary English sentence.", 0)]
+
+
+@instructed
+@pytest.mark.parametrize("instructions, text, score", FOLLOWED)
+def test_ifeval_is_the_share_of_instructions_that_are_followed(instructions, text, score):
+    answer = json.dumps(instructions)
+    assert grade("ifeval", text, answer) == pytest.approx(score)
+    assert can_be_correct("ifeval", answer) and complaint("ifeval", text) is None
+    with pytest.raises(Refused, match="not known of the grader ifeval, only of: exact, number"):
+        split_at_answer("ifeval", text, answer)
+
+
+@instructed
+@pytest.mark.parametrize("answer, message", [
+    ("no comma", "needs an answer with a list of"), ("[]", "needs an answer with a list of"),
+    ("7", "needs an answer"), ('["punctuation:no_comma"]', "needs an answer"),
+    ('[["punctuation:no_coma", {}]]', "unknown instruction 'punctuation:no_coma'; did you mean"),
+    ('[["length_constraints:number_words", {}]]', "number_words has no num_words, relation"),
+    ('[["length_constraints:number_words", {"relation": "at most", "num_words": 3}]]', "cannot have"),
+    ('[["punctuation:no_comma", {"x": 1}]]', "cannot have the arguments"),
+    ('[["combination:repeat_prompt", {}]]', "cannot have the arguments")])
+def test_what_lm_eval_would_draw_or_does_not_know_is_refused(answer, message):
+    """lm-eval draws an argument that is missing at random, and grades by that."""
+    with pytest.raises(Refused, match=message) as refused:
+        can_be_correct("ifeval", answer)
+    assert "\n" not in str(refused.value)
+
+
+@instructed
+def test_a_grade_of_ifeval_is_the_same_at_all_times_and_draws_nothing():
+    """A letter that is none is drawn, as in lm-eval, and langdetect samples."""
+    letter = {"let_relation": "at least", "letter": "#", "let_frequency": 1}
+    answer = json.dumps([["keywords:letter_frequency", letter], ["language:response_language", {"language": "en"}]])
+    texts = [*"abcdefghijklmnopqrstuvwxyz", "no on no on", "la de da"]
+    found = []
+    for seed in range(4):
+        random.seed(seed)
+        state = random.getstate()
+        found.append([grade("ifeval", text, answer) for text in texts])
+        assert random.getstate() == state
+    assert all(scores == found[0] for scores in found)
+
+
+@instructed
+@real
+def test_ifeval_says_what_lm_eval_says_of_every_prompt():
+    """Strictly, by instruction and by prompt; but for the two prompts of which lm-eval draws a letter."""
+    from lm_eval.tasks.ifeval.utils import process_results
+    file = SHARED / "ifeval" / "input_data.jsonl"
+    rows = convert.rows("google/IFEval", file)
+    raw = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(raw) == len(rows) == 541
+    assert all(can_be_correct(row["grader"], row["answer"]) for row in rows)
+    texts = ["Yes. No, really. *a* *b* *c*\n\n***\n\n<<title>> P.S. x", '{"a": 1}', "* [address]\n" * 6,
+             "THIS IS IN CAPITALS " * 20, raw[7]["prompt"]]
+    drawn, levels = [], set()
+    for row, prompt in zip(rows, raw):
+        if any(not kwargs.get("letter", "a").isalpha() for kwargs in prompt["kwargs"]):
+            drawn.append(prompt["key"])
+            continue
+        for text in texts:
+            theirs, ours = process_results(prompt, [text]), grade("ifeval", text, row["answer"])
+            followed = theirs["inst_level_strict_acc"]
+            assert ours == sum(followed) / len(followed) and (ours == 1) == theirs["prompt_level_strict_acc"]
+            levels.add(ours)
+    assert len(drawn) == 2 and levels > {0, 0.5, 1}
+
+
+@instructed
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: f"{text[:12]!a}")
+def test_a_hostile_completion_costs_ifeval_at_most_a_second(text):
+    for instruction in (["detectable_content:postscript", {"postscript_marker": "P.S."}], CAPITALS, SENTENCES,
+                        ["change_case:english_lowercase", {}], ["detectable_format:title", {}]):
+        answer = json.dumps([instruction])
+        grade("ifeval", "warm", answer)
+        begin = time.monotonic()
+        grade("ifeval", text, answer)
+        assert time.monotonic() - begin < 1.5, instruction
+
+
+@pytest.fixture
+def forgetful():
+    """ifeval.classes, as in a process in which nobody has asked for it yet."""
+    ifeval.classes.cache_clear()
+    yield
+    ifeval.classes.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "nltk", "langdetect"])
+def test_ifeval_without_a_package_is_refused(forgetful, monkeypatch, name):
+    for module in [m for m in sys.modules if m.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Refused, match="pip install 'lm-eval.ifeval.'"):
+        can_be_correct("ifeval", json.dumps([COMMA]))
+
+
+@instructed
+def test_ifeval_without_nltks_data_is_refused_and_finds_the_package_with_it(forgetful, monkeypatch, tmp_path):
+    import nltk
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(ifeval, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="needs nltk's punkt_tab.*pip install --no-deps llama-index-core"):
+        can_be_correct("ifeval", json.dumps([COMMA]))
+    (tmp_path / "core/_static/nltk_cache/tokenizers/punkt_tab").mkdir(parents=True)
+    spec = importlib.util.spec_from_loader("llama_index", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(ifeval, "find_spec", lambda name: spec)
+    assert can_be_correct("ifeval", json.dumps([COMMA]))
 
 
 # ---- a grader of the user's own ----------------------------------------------------------------------------

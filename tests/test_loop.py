@@ -566,6 +566,7 @@ def test_evaluating_changes_nothing(start, prompts):
 def test_a_measurement_within_a_step_leaves_the_step_as_it_was(start, prompts):
     """Its samples would change the step's own, its prompts the next step's, its tokens the costs of a run."""
     run = start(eval_prompts=[f"words={prompts('e')}"], eval_temperature=1.0)
+    run.folder.take()
     run.draw()
     run.notes["pairs"] = 3
 
