@@ -275,6 +275,10 @@ FLAGS = {
                         "a public set as openai/gsm8k (data/convert.py); one per branch. For camopd the "
                         "first is the branch to recover, the others are preserved", words="+",
                         shown="[BRANCH=]FILE", basic=True, resume=True),       # by content: prompts_sha256
+        "teacher_system": Flag(None, "a text that teachers see before every prompt, in a chat as system "
+                               "message, and from which the student learns to do without it; OPCD, "
+                               "2602.12275. For one prompt it is the row's teacher_prompt", shown="FILE",
+                               of_methods=True, resume=True),           # by content: prompts_sha256
         "val_prompts": Flag([], "prompts with answers for the gate, one file per branch, neither trained nor "
                             "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True, resume=True),
         "eval_prompts": Flag([], "prompts with answers, never trained on; a public set may name a split, as "
@@ -380,8 +384,9 @@ FLAGS = {
                                      json_object, shown="JSON"),
         "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; "
                                              "default: what the students get", json_object, shown="JSON",
-                                             only=(lambda c: c.teachers or hasattr(c, "templates")
-                                                   and c.self_teacher != "live",
+                                             only=(lambda c: c.teachers or (
+                                                 hasattr(c, "templates") or hasattr(c, "teacher_system"))
+                                                 and c.self_teacher != "live",
                                                    "a teacher that reads prompts of its own")),
         "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
                            "after training only; default: 0, or a round of methods that have rounds", AMOUNT,

@@ -52,7 +52,7 @@ from config import Refused
 from data.check import check_prompts
 from data.folder import Folder, logged_samples, process_memory, rollout_stats, step_line, warn_of_first_step
 from data.graders import grade
-from data.prompts import load_prompts
+from data.prompts import load_prompts, read_system
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
 from methods import METHODS, Job, Rollout, by_branch, shuffled
@@ -489,6 +489,9 @@ class Run:
         self.templates = read_templates(templates) if templates else Templates()
         texts = self.prompts | {f"val {branch}": rows for branch, rows in self.gate_prompts.items()}
         texts |= {"templates": vars(self.templates)} if templates else {}
+        system = getattr(cfg, "teacher_system", None)
+        self.system = read_system(system) if system is not None else ""
+        texts |= {"teacher_system": self.system} if self.system else {}
         cfg.prompts_sha256 = {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
                               for name, text in texts.items()}
 
@@ -617,9 +620,11 @@ class Run:
         with self.timed("sample"):
             inputs = []
             for prompt in prompts:
-                ids = model.encode(prompt["prompt"])
                 # a student is trained on what it saw; another model may see the prompt differently
-                views = self.views(prompt, ids if model in self.students else None)
+                learns = model in self.students
+                ids = model.encode(prompt["prompt"] if learns else
+                                   prompt.get("teacher_prompt", prompt["prompt"]))
+                views = self.views(prompt, ids if learns else None)
                 inputs += [(prompt, ids, views)] * n
             completions = self.complete(model, [ids for _, ids, _ in inputs], temperature, top_p)
             rollouts = []
@@ -641,10 +646,15 @@ class Run:
                                   top_p or cfg.top_p, max_new_tokens or cfg.max_new_tokens, cfg.sample_batch)
 
     def views(self, prompt, prompt_ids=None):
-        """Return a prompt's token ids as the student sees it, and as the branch's teacher sees it."""
+        """Return a prompt's token ids as the student sees it, and as the branch's teacher sees it.
+
+        A teacher_prompt is for the branch's teacher, or where there is none for the self-teacher.
+        """
         prompt_ids = prompt_ids or self.student.encode(prompt["prompt"])
-        teacher = self.teachers.get(prompt["branch"])
-        return prompt_ids, teacher.encode(prompt["prompt"]) if teacher else prompt_ids
+        teacher, seen = self.teachers.get(prompt["branch"]), prompt.get("teacher_prompt", prompt["prompt"])
+        if "teacher_prompt" in prompt:
+            teacher = teacher or self.self_teachers[0]
+        return prompt_ids, teacher.encode(seen) if teacher else prompt_ids
 
     def rollout(self, prompt, ids_T, views=None, **more):
         """Return a Rollout with the prompt as student and teacher see it."""

@@ -116,13 +116,12 @@ def about_prompts(run):
     student = run.student
     for branch, rows in run.prompts.items():
         row, teacher = rows[0], run.teachers.get(branch)
-        seen = student.encode(row["prompt"])
+        seen, theirs = run.views(row)
         print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens")
         print(f"  {student.tok.decode(seen)!r}")
-        if teacher:
-            theirs = teacher.encode(row["prompt"])
+        if teacher or theirs != seen:
             print("the teacher sees the same tokens" if theirs == seen else
-                  f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
+                  f"as the teacher sees it, {len(theirs)} tokens:\n  {student.tok.decode(theirs)!r}")
         show_loss(run, row, seen)
 
 

@@ -245,6 +245,8 @@ def method(losses, *, defaults=None, **facts):
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
         check_registration(generator, losses, own, defaults or {})
         every = {name: flag.default for name, flag in own.items()} | (defaults or {})
+        if facts.get("teachers", "each") in ("each", "one"):
+            every.setdefault("teacher_system", None)        # a branch's teacher may see more than the student
         METHODS[generator.__name__] = Method(generator, losses, own, every, **facts)
         return generator
     return register
@@ -289,5 +291,6 @@ for file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{file.name}")
 
 # In the order of --help; methods that ORDER does not name come last.
-ORDER = "sft seqkd kd gkd okd compact opd mopd camopd focus grpo dpo apt sai_dpo star opsd sdpo opcod".split()
+ORDER = """sft seqkd kd gkd okd compact opd mopd camopd focus grpo dpo apt sai_dpo star opsd context sdpo
+    opcod""".split()
 METHODS = {name: METHODS[name] for name in ORDER} | METHODS

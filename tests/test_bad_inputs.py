@@ -816,6 +816,53 @@ TEMPLATES = [
 ]
 
 
+# ---- --teacher_system --------------------------------------------------------------------------------------
+
+def system(name, content, *words, **flags):
+    """A row of a run whose --teacher_system file has this content."""
+    return row(name, lambda w: dict(teacher_system=w.file("s.txt", content)) | flags, "--teacher_system",
+               "s.txt", *words)
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+SYSTEM = [
+    row("--teacher_system that is not there", dict(teacher_system="none.txt"),
+        "cannot read --teacher_system none.txt: No such file"),
+    row("--teacher_system that is a folder", lambda w: dict(teacher_system=w.folder("t")),
+        "cannot read --teacher_system", "it is no file"),
+    row("--teacher_system that is empty", dict(teacher_system=""), "--teacher_system"),
+    row("--teacher_system with a NUL", dict(teacher_system="x\0y"), "x\\x00y"),
+    row("--teacher_system that is a pipe", lambda w: dict(teacher_system=fifo(w, "pipe")), "pipe"),
+    row("--teacher_system of sft", dict(method="sft", teacher_system="x"),
+        "--teacher_system has no effect on --method sft; it is for: "),
+    system("--teacher_system that is blank", " \n", "is blank, so a teacher would see nothing more"),
+    system("--teacher_system that is not UTF-8", b"caf\xe9", "is not UTF-8 text"),
+    row("--teacher_system without a system role", lambda w: dict(
+        teacher_system=w.file("s.txt", "Be kind."), teachers=w.model(template=NO_SYSTEM)),
+        "--teacher_system", "s.txt: no system role"),
+    row("--teacher_system that a template leaves out", lambda w: dict(
+        teacher_system=w.file("s.txt", "Be kind."), teachers=w.model(template=CHATML.replace(
+            "in messages", "in messages if m.role == 'user'"))), "s.txt: the chat template of",
+        "leaves out the text of a message of role 'system'"),
+    row("--teacher_system that is in the template", lambda w: dict(
+        teacher_system=w.file("s.txt", "<|im_start|>user Hi"), teachers=w.model(template=CHATML)),
+        "s.txt: the text has '<|im_start|>user'"),
+    row("--teacher_system and a teacher_prompt", lambda w: dict(
+        teacher_system=w.file("s.txt", "copy q>"), prompts=w.file("rows.jsonl", [GOOD, GOOD | {
+            "teacher_prompt": "rev"}])), 'rows.jsonl:2: it has a "teacher_prompt"', "give one of both"),
+    prompts("context without a teacher_prompt", GOOD, ':1: no "teacher_prompt", which --method context shows',
+            "or give --teacher_system", flags=dict(method="context", teacher_system=[])),
+    prompts("a teacher_prompt that is a number", GOOD | {"teacher_prompt": 5}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt that is null", GOOD | {"teacher_prompt": None}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt of no messages", GOOD | {"teacher_prompt": []}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt that is empty", GOOD | {"teacher_prompt": ""}, "the user says nothing"),
+    prompts("a teacher_prompt of grpo", GOOD | {"teacher_prompt": "rev"}, "--method grpo has no teacher that",
+            flags=dict(method="grpo")),
+    prompts("a teacher_prompt that is misspelt", GOOD | {"teacher_promt": "rev"},
+            'did you mean "teacher_prompt"?'),
+]
+
+
 # ---- chat templates ----------------------------------------------------------------------------------------
 
 def chat(name, template, *words, prompt=None, **more):
@@ -1285,7 +1332,7 @@ CONVERT = [
     gsm8k("an answer that is a number", {"question": "a", "answer": 5}, ":1: not a row of openai/gsm8k"),
 ]
 
-TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *CHAT, *CONFIGS,
+TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *SYSTEM, *CHAT, *CONFIGS,
 *WEIGHTS,
          *RESUME, *RECIPES, *CONVERT]
 

@@ -396,7 +396,7 @@ def test_a_flag_of_other_methods_is_refused_and_says_whose_it_is(name):
         assert not hasattr(opd.configure(words(method)), name)
 
 
-FREE = {"student", "teachers", "prompts", "val_prompts", "templates",       # their content is compared
+FREE = {"student", "teachers", "prompts", "val_prompts", "templates", "teacher_system",     # their content is compared
         "sample_batch", "skip_bad_steps", "resume", "out", "dry_run", "eval_every", "eval_prompts",
         "save_every", "log_samples", "micro_tokens", "gradient_checkpointing", "device", "teacher_device",
         "diagnose_every", "diagnose_rollouts", "diagnose_layers"}   # what does not make another experiment

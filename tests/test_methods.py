@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import die_at, metrics, parameters
+from conftest import WORD_ROWS, die_at, gradients, metrics, parameters
+from test_loop import accumulate, double
 
 import opd
 from config import Refused
@@ -255,3 +256,90 @@ def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
     again = start(**flags, save_every=2, out=cut.out, resume=True)
     opd.train(again)
     assert torch.equal(parameters(again.teacher), ends[0]) and torch.equal(parameters(again.student), ends[1])
+
+
+# ---- a teacher that sees more ------------------------------------------------------------------------------
+
+def told_rows():
+    """Rows whose teacher_prompt begins with the row's own answer, as far as the tiny tokenizer knows it."""
+    return [row | {"teacher_prompt": f"{row['answer']}={row['prompt']}"} for row in WORD_ROWS]
+
+
+def dense(model, prompt, ids_T):
+    """Log-probabilities [T, V] at every token of a completion, from the logits of transformers itself."""
+    prompt_ids = model.tok(prompt).input_ids
+    logits_TV = model.net(torch.tensor([[*prompt_ids, *ids_T.tolist()]])).logits[0, :, :model.vocab]
+    return torch.log_softmax(logits_TV, -1)[len(prompt_ids) - 1:-1]
+
+
+@pytest.mark.parametrize("method, given", [
+    ("opd", {}), ("mopd", {}), ("camopd", dict(mass=1, scale=1, schedule="1")), ("kd", {}),
+    ("context", {}), ("context", dict(self_teacher="ema")), ("context", dict(self_teacher="live"))], ids=str)
+def test_student_and_teacher_are_compared_where_each_sees_its_own_prompt(start, prompts, method, given):
+    """OPCD eq. 1: KL(p(. | x, y) || q(. | c, x, y)), against autograd on whole logits in float64."""
+    run = double(start(method=method, loss="rkl", prompts=[prompts("told", told_rows())], batch=5,
+                       teacher_system=[], **given))
+    teacher = run.teacher or run.self_teacher(run.student)
+    teacher.net.double()
+    teacher.dtype, teacher.values = torch.float64, {p: v.double() for p, v in teacher.values.items()}
+    jobs = next(run.jobs())
+    loss, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    rollouts, expected = [r for job in jobs for r in job.rollouts], 0
+    for r in rollouts:
+        lp = dense(run.student, r.prompt["prompt"], r.ids_T)
+        lq = dense(teacher, r.prompt["teacher_prompt"], r.ids_T).detach()
+        expected += (lp.exp() * (lp - lq)).sum(-1).mean() / len(rollouts)
+    expected.backward()
+    assert expected > 0.1 and loss == pytest.approx(expected.item(), rel=1e-6)
+    assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
+
+
+def test_a_teacher_writes_after_its_own_prompt_and_the_student_learns_after_the_short_one(start, prompts):
+    """seqkd is then context distillation as it was before it was on-policy."""
+    run = start(method="seqkd", prompts=[prompts("told", told_rows())], batch=5)
+    teacher = run.teacher
+    job, = next(run.jobs())
+    for r in job.rollouts:
+        (ids_T, _), = run.complete(teacher, [teacher.encode(r.prompt["teacher_prompt"])], temperature=0)
+        assert torch.equal(ids_T, r.ids_T) and r.prompt_ids == run.student.encode(r.prompt["prompt"])
+
+
+def test_a_row_without_a_teachers_prompt_is_seen_by_both(start, prompts):
+    rows = [*WORD_ROWS[:2], *told_rows()[2:]]
+    run = start(prompts=[prompts("told", rows)], batch=5)
+    job, = next(run.jobs())
+    for r in job.rollouts:
+        assert r.teacher_ids == run.teacher.encode(r.prompt.get("teacher_prompt", r.prompt["prompt"]))
+    assert sum(r.teacher_ids == r.prompt_ids for r in job.rollouts) == 2
+
+
+def test_one_text_for_all_is_a_teachers_prompt_of_every_row(start, prompts, tmp_path):
+    """To the last bit; and another text under the same path is another experiment."""
+    text = tmp_path / "told.txt"
+    text.write_text("\ufeffcopy q>\n")                          # as some editors begin a file
+    flags = dict(method="context", lr=1e-3, save_every=1)
+    rows = [row | {"teacher_prompt": "copy q>\n\n" + row["prompt"]} for row in WORD_ROWS]
+    one, other = start(**flags, teacher_system=text), start(**flags, teacher_system=[],
+                                                            prompts=[prompts("told", rows)])
+    before = parameters(one.student)
+    for run in (one, other):
+        opd.train(run)
+    assert torch.equal(parameters(one.student), parameters(other.student))
+    assert not torch.equal(parameters(one.student), before)
+    (tmp_path / "copy.txt").write_text("copy q>")
+    start(**flags, teacher_system=tmp_path / "copy.txt", out=one.out, resume=True, steps=3)
+    text.write_text("copy z>")
+    with pytest.raises(Refused, match="another content of teacher_system"):
+        start(**flags, teacher_system=text, out=one.out, resume=True)
+
+
+def test_a_dry_run_shows_what_the_teacher_sees(argv, tmp_path, capsys):
+    """Also where the teacher is the student."""
+    text = tmp_path / "told.txt"
+    text.write_text("last copy")
+    for method in ("context", "opd"):
+        opd.main(argv(method=method, dry_run=True, teacher_system=text))
+        shown = capsys.readouterr().out
+        seen = shown.partition("as the student sees it, ")[2].partition("and where the loss is")[0]
+        assert "as the teacher sees it, 11 tokens:\n  'last copy" in seen and seen.count("rev abc>") == 2
