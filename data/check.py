@@ -177,7 +177,8 @@ def check_fields(run, row, trained):
         if "answer" not in row:
             raise Fault("fields", 'no "answer", so it cannot be evaluated')
         return
-    for need in method.needs:                   # "a|b": one of these fields is enough
+    rewarded = ("answer",) if getattr(run.cfg, "reward_weight", 0) else ()
+    for need in method.needs + rewarded:        # "a|b": one of these fields is enough
         if not any(field in row for field in need.split("|")):
             fields = '" or "'.join(need.split("|"))
             purpose = {"solution": "learns from", "answer": "needs for its rewards", "teacher_prompt":

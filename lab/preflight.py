@@ -363,9 +363,14 @@ def update_bytes(model, sequences, length, again):
     return max(peak, 0)
 
 
+def has_divergence(run):
+    """Return whether a step computes a divergence, as its loss or beside it."""
+    return run.objective.divergence or getattr(run.cfg, "kl_weight", 0)
+
+
 def buffer_bytes(run, tokens):
     """Return the bytes of the fused loss's logit buffers (kernels/chunked.py); a divergence has two."""
-    row = 4 * run.student.vocab * (2 if run.objective.divergence else 1)
+    row = 4 * run.student.vocab * (2 if has_divergence(run) else 1)
     most = CHUNK_BYTES["cpu" if run.cfg.device == "cpu" else "gpu"]
     return min(max(most // row, 1), tokens) * row
 
@@ -381,7 +386,7 @@ def loss_bytes(run, tokens, teachers):
     if head_VH.requires_grad:                                   # its float32 gradient is scaled in place
         out += 4 * head_VH.numel()
         out += head_VH.numel() * size if size < 4 else 0
-    if not run.objective.divergence:
+    if not has_divergence(run):
         return out
     alone = run.cfg.teacher_device != run.cfg.device.split(":")[0]      # the teacher's head comes alone
     needed = []

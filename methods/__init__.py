@@ -82,6 +82,7 @@ class Job:
     objective: Objective
     weights: list | None = None             # per rollout a number, or a tensor [T], one per token; None: ones
     tokens: str = "mean"                    # a rollout's loss: "mean" or "sum" over its tokens
+    beside: bool = False                    # a term beside the method's own, left out of a step's statistics
     count: int | None = None                # what the loss is divided by; None: the rollouts of weight not 0
     lp: list | None = None                  # log p(y) of every rollout, [T], once scored; None: not read
     lq: list | None = None                  # log q(y), likewise
@@ -291,6 +292,6 @@ for file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{file.name}")
 
 # In the order of --help; methods that ORDER does not name come last.
-ORDER = """sft seqkd kd gkd okd compact opd mopd camopd focus grpo dpo apt sai_dpo star opsd context sdpo
+ORDER = """sft seqkd kd gkd okd compact opd mopd camopd focus exopd grpo dpo apt sai_dpo star opsd context sdpo
     opcod""".split()
 METHODS = {name: METHODS[name] for name in ORDER} | METHODS

@@ -395,6 +395,11 @@ LINES = [                                                       # no file of the
         ("compact", {}, "weight_temperature", "1e-310"), ("opd", {}, "grad_clip", "1e-300"))],
     row("--clusters and a field", words("sai_dpo", cluster_field="t", clusters=3),
         "no effect with --cluster_field"),
+    row("--reward_weight with one rollout", words("mopd", reward_weight=0.5),
+        "--reward_weight compares the rollouts of a prompt: --rollouts must be at least 2"),
+    row("--reward_weight of a divergence", words(loss="rkl", rollouts=2, reward_weight=0.5),
+        "--reward_weight has no effect without --loss pg"),
+    row("--advantage_clip 0", words(loss="pg", advantage_clip=0), "--advantage_clip: 0 is not above 0"),
     row("grpo with one rollout", words("grpo", rollouts=1), "--rollouts must be at least 2"),
     row("okd without a teacher to teach", words("okd", teacher_pull=0, ce_weight=0),
         "teach the teacher nothing"),
@@ -850,6 +855,8 @@ SYSTEM = [
     row("--teacher_system and a teacher_prompt", lambda w: dict(
         teacher_system=w.file("s.txt", "copy q>"), prompts=w.file("rows.jsonl", [GOOD, GOOD | {
             "teacher_prompt": "rev"}])), 'rows.jsonl:2: it has a "teacher_prompt"', "give one of both"),
+    prompts("a reward without an answer", {"prompt": "rev abc>"}, ':1: no "answer", which --method opd needs',
+            flags=dict(loss="pg", rollouts=2, reward_weight=0.5)),
     prompts("context without a teacher_prompt", GOOD, ':1: no "teacher_prompt", which --method context shows',
             "or give --teacher_system", flags=dict(method="context", teacher_system=[])),
     prompts("a teacher_prompt that is a number", GOOD | {"teacher_prompt": 5}, '"teacher_prompt" is text or'),

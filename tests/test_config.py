@@ -336,6 +336,7 @@ def another(flag):
 SETTINGS = [{}, *[dict(loss=loss) for loss in losses.LOSSES], *[
     {name: choice} for name, flag in config.GENERAL.items() if name not in ("loss", "teacher_device")
     for choice in getattr(flag.type, "names", ())], dict(support="student_sg", top_k=5), dict(lora_rank=4),
+    dict(loss="pg", rollouts=2),
     dict(eval_prompts="e"),
     dict(eval_prompts="e", eval_temperature=1), dict(diagnose_every=1)]           # under one of them every flag has an effect
 

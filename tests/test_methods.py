@@ -1,5 +1,6 @@
 """The protocol between methods and the loop, and the methods that no other file tests."""
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -343,3 +344,136 @@ def test_a_dry_run_shows_what_the_teacher_sees(argv, tmp_path, capsys):
         shown = capsys.readouterr().out
         seen = shown.partition("as the student sees it, ")[2].partition("and where the loss is")[0]
         assert "as the teacher sees it, 11 tokens:\n  'last copy" in seen and seen.count("rev abc>") == 2
+
+
+# ---- rewards and third models beside the teacher -----------------------------------------------------------
+
+def scattered(run, jobs):
+    """Give the rollouts of some Jobs rewards, and sampled log-probabilities that are not the training's."""
+    g = torch.Generator().manual_seed(0)
+    for i, r in enumerate(r for job in jobs for r in job.rollouts):
+        r.reward = [1.0, 0.0, 0.25, 1.0][i % 4]
+        lp_TV = dense(run.student, r.prompt["prompt"], r.ids_T).detach()
+        r.logp_T = lp_TV.gather(1, r.ids_T[:, None])[:, 0] + 0.4 * torch.randn(len(r.ids_T), generator=g)
+
+
+def pg_by_hand(run, rollouts, advantage):
+    """CaMOPD eq. 2 by autograd: the mean over rollouts and tokens of -w A log p(y). advantage(r, lp, lq)"""
+    loss, n = 0, len(rollouts)
+    for r in rollouts:
+        at = lambda model: dense(model, r.prompt["prompt"], r.ids_T).gather(1, r.ids_T[:, None])[:, 0]
+        lp = at(run.student)
+        w = (lp - r.logp_T).exp().detach()
+        w = torch.where((w >= 0.5) & (w <= 2), w, 0.0)
+        loss = loss - (w * advantage(r, lp.detach(), at).detach() * lp).mean() / n
+    return loss
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+@pytest.mark.parametrize("given", [dict(reward_weight=0.7), dict(advantage_clip=0.5),
+                                   dict(reward_weight=0.7, advantage_clip=0.5)], ids=str)
+@pytest.mark.parametrize("method", ["opd", "mopd"])
+def test_the_advantage_is_the_clipped_gap_and_the_weighted_reward(start, method, given, micro_tokens):
+    """A = clip(gap) + alpha (r - the mean of the prompt's rollouts), a dropped one's r in the mean too."""
+    run = double(start(method=method, loss="pg", rollouts=4, batch=2, micro_tokens=micro_tokens, **given))
+    jobs = next(run.jobs())
+    job, = jobs
+    scattered(run, jobs)
+    job.weights = [1.0] * 8
+    job.weights[2] = 0.0
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    clip, kept = given.get("advantage_clip", 1e9), job.rollouts[:2] + job.rollouts[3:]
+
+    def advantage(r, lp, at):
+        gap = at(run.teacher) - lp
+        assert (gap.abs() > 0.5).any() or len(gap) < 4
+        return gap.clamp(-clip, clip) + given.get("reward_weight", 0) * (r.reward - 2.25 / 4)
+    loss = pg_by_hand(run, kept, advantage)
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25])
+def test_exopd_has_the_advantage_of_the_paper(start, scale):
+    """A = lambda log q/r - log p/r, r the student as it started, all at the temperature of the loss."""
+    run = double(start(method="exopd", exopd_lambda=scale, batch=4))
+    reference = run.self_teacher(run.student)
+    reference.net.double()
+    reference.dtype = torch.float64
+    with torch.no_grad():
+        for parameter in run.student.net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    jobs = next(run.jobs())
+    scattered(run, jobs)
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    loss = pg_by_hand(run, jobs[0].rollouts, lambda r, lp, at: (
+        scale * (at(run.teacher) - at(reference)) - (lp - at(reference))))
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert (ours - gradients(run.student)).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_exopd_that_does_not_extrapolate_is_mopd(start):
+    """To the last bit."""
+    runs = [start(method="mopd", lr=1e-3), start(method="exopd", lr=1e-3, exopd_lambda=1),
+            start(method="exopd", lr=1e-3)]
+    for run in runs:
+        opd.train(run)
+    mopd, same, beyond = (parameters(run.student) for run in runs)
+    assert torch.equal(mopd, same) and not torch.equal(mopd, beyond)
+
+
+@pytest.mark.parametrize("method, given", [
+    ("opd", dict(loss="rkl")), ("mopd", {}), ("grpo", dict(rollouts=4, batch=2)),
+    ("opd", dict(loss="fkl", drop_cut=True, loss_temperature=1.5, batch=16, max_new_tokens=30))], ids=str)
+def test_the_kl_anchor_is_added_to_the_loss_and_halves_nothing(start, method, given):
+    """The gradient is the method's own plus beta times that of KL(p || start), means over the same rollouts."""
+    run = double(start(method=method, kl_weight=0.3, **given))
+    reference, temperature = run.self_teacher(run.student), run.cfg.loss_temperature
+    reference.net.double()
+    reference.dtype = torch.float64
+    with torch.no_grad():
+        for parameter in run.student.net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    jobs = next(run.jobs())
+    own, anchor = jobs
+    if method == "grpo":
+        own.weights = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]     # those without an advantage are anchored, too
+    own_value, ours = accumulate(run, [own]), gradients(run.student)
+    value, both = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    kept = [r for r, cut in zip(own.rollouts, own.cut) if not (cut and run.cfg.drop_cut)]
+    assert 0 < len(kept) and bool(run.cfg.drop_cut) == (len(kept) < len(own.rollouts))
+    loss = 0
+    for r in kept:
+        lp, lr = (torch.log_softmax(dense(model, r.prompt["prompt"], r.ids_T) / temperature, -1)
+                  for model in (run.student, reference))
+        loss = loss + 0.3 * (lp.exp() * (lp - lr.detach())).sum(-1).mean() / len(kept)
+    loss.backward()
+    assert loss > 1e-3 and value - own_value == pytest.approx(loss.item(), rel=1e-5)
+    assert (both - ours - gradients(run.student)).abs().max() < 1e-5 * gradients(run.student).abs().max()
+
+
+def test_the_anchor_has_its_own_line_of_statistics_and_weighs_as_much_as_said(start, prompts, models):
+    """What a step says is of the method; a heavy anchor keeps the student where it is; a context is not for it."""
+    flags = dict(method="opd", lr=1e-3, steps=4, prompts=[prompts("told", told_rows())])
+    free, light, heavy = (start(**flags, **more) for more in ({}, dict(kl_weight=0), dict(kl_weight=100)))
+    before = parameters(free.student)
+    for run in (free, light, heavy):
+        opd.train(run)
+    assert torch.equal(parameters(free.student), parameters(light.student)) and light.self_teachers == [None]
+    first = metrics(heavy)[0]
+    assert {name: first[name] for name in ("value", "entropy_s", "gap", "tokens")} == {
+        name: metrics(free)[0][name] for name in ("value", "entropy_s", "gap", "tokens")}
+    anchors = [line["branches"]["main, anchor"]["value"] for line in metrics(heavy)]
+    assert abs(anchors[0]) < 1e-5 < max(anchors)                # it starts where it started
+    rollouts = [json.loads(line) for line in (heavy.out / "samples.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 4 * 2                               # --log_samples a step, each once
+    start_of = heavy.self_teacher(heavy.student)
+    far = lambda run: sum((lp_T - lr_T).abs().sum() for lp_T, lr_T in zip(*[
+        model.log_probs([run.student.encode(row["prompt"]) for row in WORD_ROWS],
+                        [torch.arange(5, 11)] * len(WORD_ROWS), 1000) for model in (run.student, start_of)]))
+    assert far(heavy) < 0.7 * far(free)
