@@ -316,8 +316,13 @@ FLAGS = {
                       only=(lambda c: c.support != "full", "a --support other than full")),
         "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
                           "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
-        "kl_weight": Flag(0.0, "weight of KL(p || the student as it started) beside the loss, at every token; "
-                          "0.04 in GRPO, 2402.03300", NOT_NEGATIVE, of_methods=True),
+        "kl_weight": Flag(0.0, "weight of KL(p || the student as it started) beside the loss, at every "
+                          "token; 0.04 in GRPO, 2402.03300", NOT_NEGATIVE, of_methods=True),
+        "token_weight": Flag(None, "which tokens count, by what both models think there: see "
+                             "methods/token_weights.py",
+                             OneOf("entropy", "tip", "selectkd", "prefix", "eopd"), of_methods=True),
+        "token_knob": Flag(None, "its share, rank, length or entropy; default: as in the table there",
+                           POSITIVE, of_methods=True, only=(lambda c: c.token_weight, "--token_weight")),
         "loss_temperature": Flag(1.0, "divides both models' logits in the loss", TEMPERATURE),
         "importance_cap": Flag(None, "every token's weight is multiplied by min(p_train / p_sampler, C); "
                                "0 = it is not; OPCoD 2606.14368, table 4", NOT_NEGATIVE, shown="C",
@@ -328,10 +333,10 @@ FLAGS = {
         "advantage_clip": Flag(None, "pg: the gap counts as at most C nats, either way; Lightning OPD, "
                                "2604.13010, takes 10", POSITIVE, shown="C",
                                only=(lambda c: c.loss == "pg", "--loss pg")),
-        "reward_weight": Flag(0.0, "pg: the advantage is the gap + ALPHA (r - the mean reward r of the prompt's "
-                              "rollouts), the teacher's and grpo's together, as in KDRL, 2506.02208, whose "
-                              "weight is on the gap", NOT_NEGATIVE, shown="ALPHA", of_methods=True,
-                              only=(lambda c: c.loss == "pg", "--loss pg"))},
+        "reward_weight": Flag(0.0, "pg: the advantage is the gap + ALPHA (r - the mean reward r of the "
+                              "prompt's rollouts), the teacher's and grpo's together, as in KDRL, "
+                              "2506.02208, whose weight is on the gap", NOT_NEGATIVE, shown="ALPHA",
+                              of_methods=True, only=(lambda c: c.loss == "pg", "--loss pg"))},
     "several branches, self-teachers": {
         "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(),
                         only=(lambda c: (getattr(c, "schedule", "mixed") == "mixed"
@@ -383,7 +388,8 @@ FLAGS = {
                                only=(samples, "a --method that samples, or --eval_prompts")),
         "drop_cut": Flag(False, "completions that reach --max_new_tokens without an end are not learned "
                          "from; in camopd they are not selected, in preferences their pair is left out, in "
-                         "grpo and with --reward_weight their rewards still count in the mean", bool, only=SAMPLED),
+                         "grpo and with --reward_weight their rewards still count in the mean", bool,
+                         only=SAMPLED),
         "drop_long": Flag(False, "leave out prompts that have no room for a completion, and say how many, "
                           "instead of refusing their file", bool),
         "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "

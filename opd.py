@@ -59,6 +59,7 @@ from methods import METHODS, Job, Rollout, by_branch, shuffled
 from methods.anchor import anchors
 from methods.feedback import Templates, read_templates
 from methods.rewards import advantages
+from methods.token_weights import weigh_tokens
 from models import micro_batches
 from sampler import default_rows
 from text import read_models
@@ -317,7 +318,7 @@ def step_stats(run, jobs, weights, stats):
     by_job = {}
     for job, job_weights, job_stats in zip(jobs, weights, stats):
         name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
-        name += ", anchor" if job.beside else ""
+        name += f", {job.beside}" if job.beside else ""
         name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
     own = [i for i, job in enumerate(jobs)                                      # not a teacher that learns
@@ -560,7 +561,8 @@ class Run:
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
                        top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
                        importance=tuple(cfg.importance), clip=cfg.advantage_clip,
-                       reward=getattr(cfg, "reward_weight", 0.0), cap=getattr(cfg, "importance_cap", None) or None,
+                       reward=getattr(cfg, "reward_weight", 0.0),
+                       cap=getattr(cfg, "importance_cap", None) or None,
                        ce=getattr(cfg, "ce_weight", 0.0))
 
     @property
@@ -590,8 +592,9 @@ class Run:
                 assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
                 assert jobs, f"{self.cfg.method} has yielded no rollouts"
-                if getattr(self.cfg, "kl_weight", 0):
-                    jobs += anchors(self, jobs)
+                beside = weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
+                beside += anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
+                jobs += beside
                 if self.cfg.drop_cut:
                     for job in jobs:
                         job.leave_out_cut()

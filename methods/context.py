@@ -13,7 +13,7 @@ def reads(run, model, row):
 @method(losses=any_divergence("rkl", "pg"), teachers="none", needs=("teacher_prompt",), reads=reads,
         defaults=dict(self_teacher="frozen", ema_rate=0.05, teacher_system=None, rollouts=1))
 def context(run):
-    """On-policy context distillation: the self-teacher sees a context c and the prompt x, the student x alone.
+    """On-policy context distillation: the self-teacher sees a context c and the prompt x, the student x.
 
     L = 1/T sum_t KL(p(. | x, y_<t) || q(. | c, x, y_<t)) with y ~ p(. | x): OPCD, 2602.12275, eq. 1, with the
     student as it started for q (their default; on the student's top k, where ours is the full vocabulary).

@@ -23,6 +23,7 @@ def exopd(run, *, exopd_lambda: NOT_NEGATIVE = 1.25):
         for job in jobs:
             prompts, completions = zip(*[(r.prompt_ids, r.ids_T) for r in job.rollouts])
             with run.timed("score"), reference.on_device():
-                lr = reference.log_probs(prompts, completions, run.cfg.micro_tokens, job.objective.temperature)
+                lr = reference.log_probs(prompts, completions, run.cfg.micro_tokens,
+                                         job.objective.temperature)
             job.lq = [exopd_lambda * lq_T + (1 - exopd_lambda) * lr_T for lq_T, lr_T in zip(job.lq, lr)]
         yield jobs

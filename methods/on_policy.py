@@ -1,16 +1,18 @@
 """On-policy distillation with one teacher, or with several that each have a branch of prompts."""
 from config import Refused
 
-from . import DIAGNOSED, Job, any_divergence, method
+from . import DIAGNOSED, TOKENS, Job, any_divergence, method
+from .token_weights import check_tokens
 
 
 def check(cfg):
-    """Refuse a reward that nothing is compared with."""
+    """Refuse a reward that nothing is compared with, and a knob that cannot be."""
+    check_tokens(cfg)
     if cfg.reward_weight and cfg.rollouts == 1:
         raise Refused("--reward_weight compares the rollouts of a prompt: --rollouts must be at least 2")
 
 
-TERMS = dict(reward_weight=0.0, kl_weight=0.0)
+TERMS = TOKENS | dict(reward_weight=0.0, kl_weight=0.0)
 
 
 @method(losses=any_divergence("rkl", "pg"), teachers="one", check=check,

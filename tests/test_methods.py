@@ -1,6 +1,7 @@
 """The protocol between methods and the loop, and the methods that no other file tests."""
 import ast
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from config import Refused
 from data.folder import rollout_stats
 from losses import LOSSES, Objective
 from methods import METHODS, Job, any_divergence, method
+from methods.token_weights import RULES, weigh_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -477,3 +479,142 @@ def test_the_anchor_has_its_own_line_of_statistics_and_weighs_as_much_as_said(st
         model.log_probs([run.student.encode(row["prompt"]) for row in WORD_ROWS],
                         [torch.arange(5, 11)] * len(WORD_ROWS), 1000) for model in (run.student, start_of)]))
     assert far(heavy) < 0.7 * far(free)
+
+
+# ---- token weights -----------------------------------------------------------------------------------------
+
+def entropy(lp_TV):
+    return -(lp_TV.exp() * lp_TV).sum(-1)
+
+
+def kl(lp_TV, lq_TV):
+    return (lp_TV.exp() * (lp_TV - lq_TV)).sum(-1)
+
+
+def both(run, r, temperature=1.0):
+    """log p and log q [T, V] at every token of a rollout, from the logits of transformers itself."""
+    return [torch.log_softmax(dense(model, r.prompt["prompt"], r.ids_T) / temperature, -1)
+            for model in (run.student, run.teacher)]
+
+
+def by_definition(name, pairs, knob):
+    """The weights of the rollouts' tokens as the table in methods/token_weights.py says, token by token."""
+    h = [entropy(lp) for lp, _ in pairs]
+    if name == "eopd":
+        return [torch.ones(len(lp)) for lp, _ in pairs]
+    if name == "prefix":
+        return [torch.tensor([len(lp) / min(knob, len(lp)) * (t < knob) for t in range(len(lp))])
+                for lp, _ in pairs]
+    if name == "selectkd":
+        accepted = [[lp[t].argmax() in lq[t].topk(int(knob)).indices for t in range(len(lp))]
+                    for lp, lq in pairs]
+        return [torch.tensor([1.0 if yes else 0.01 for yes in some]) for some in accepted]
+    if name == "tip":
+        every = torch.cat(h).sort().values
+        top = every[math.ceil(0.98 * len(every)) - 1]
+        low, d = every[0], [kl(lp, lq) for lp, lq in pairs]
+        least, most = min(x.min() for x in d), max(x.max() for x in d)
+        unit = [(h_T.clamp(max=top) - low) / (top - low) for h_T in h]
+        other = [(d_T - least) / (most - least) for d_T in d]
+        h = [1 - (1 - a) * (1 - b) for a, b in zip(unit, other)]
+    out = []
+    for score in h:
+        count = max(int(knob * len(score)), 1)
+        bar = score.sort(descending=True).values[count - 1]
+        out.append((score >= bar) * (len(score) / count))
+    return out
+
+
+def lively(run, count=6):
+    """Rollouts of different lengths, as if sampled."""
+    g = torch.Generator().manual_seed(3)
+    rows = run.prompts["main"]
+    return [run.rollout(rows[i % len(rows)], torch.randint(3, run.student.vocab, (2 + 2 * i,), generator=g),
+                        logp_T=torch.full((2 + 2 * i,), -4.0)) for i in range(count)]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+@pytest.mark.parametrize("loss", ["rkl", "pg"])
+@pytest.mark.parametrize("name, knob", [("entropy", None), ("tip", None), ("tip", 0.2), ("selectkd", 20),
+                                        ("prefix", 3), ("eopd", None)])
+def test_the_gradient_has_the_weights_of_the_table(start, name, knob, loss, micro_tokens):
+    """Of the loss by autograd on whole logits, at another temperature, and eopd's second term."""
+    run = double(start(loss=loss, token_weight=name, token_knob=knob or [], loss_temperature=1.5,
+                       micro_tokens=micro_tokens, importance=[0, 1e9] if loss == "pg" else []))
+    job = Job(run.student, run.teacher, lively(run), run.objective)
+    pairs = [[x.detach() for x in both(run, r, 1.5)] for r in job.rollouts]
+    if name == "eopd":                                          # half of the 42 tokens are above it
+        run.cfg.token_knob = knob = torch.cat([entropy(lq) for _, lq in pairs]).sort().values[20:22].mean().item()
+    jobs = [job, *weigh_tokens(run, [job])]
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    weights, loss_of_all, opened = by_definition(name, pairs, knob or RULES[name].knob), 0, 0
+    unlike = 0
+    for r, w_T in zip(job.rollouts, weights):
+        lp, lq = both(run, r, 1.5)
+        lq = lq.detach()
+        if loss == "pg":
+            at = lambda x: x.gather(1, r.ids_T[:, None])[:, 0]
+            value_T = -((at(lp) - r.logp_T).exp() * (at(lq) - at(lp))).detach() * at(lp)
+        else:
+            value_T = kl(lp, lq)
+        loss_of_all = loss_of_all + (w_T * value_T).mean() / len(job.rollouts)
+        if name == "eopd":
+            sixteen = lq >= lq.topk(16).values[:, -1:]
+            more_T = (lq.exp() * (lq - lp) * sixteen).sum(-1)
+            gate_T = (entropy(lq) > knob).double()
+            opened += gate_T.sum().item()
+            other = (entropy(lp) > knob).double()
+            unlike += (gate_T != other).sum().item()
+            loss_of_all = loss_of_all + (gate_T * more_T).mean() / len(job.rollouts)
+    loss_of_all.backward()
+    exact = gradients(run.student)
+    if name == "eopd":
+        assert opened == 21 and unlike > 2
+    elif name == "selectkd":
+        assert {0.01, 1.0} == {round(w, 2) for w_T in weights for w in w_T.tolist()}
+    else:
+        assert any((w_T == 0).any() for w_T in weights)
+    assert value == pytest.approx(loss_of_all.item(), rel=1e-5)
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_tip_finds_the_sure_and_wrong_tokens_that_entropy_does_not_see():
+    """A token at which the student is certain and the teacher disagrees: TIP's blind spot of entropy."""
+    h, d = torch.tensor([2.0, 1.9, 0.0, 0.0]), torch.tensor([0.1, 0.1, 9.0, 0.0])
+    found = [dict(entropy_s=h, value=d)]
+    assert RULES["entropy"].weigh(found, 0.5)[0].tolist() == [2, 2, 0, 0]
+    assert RULES["tip"].weigh(found, 0.5)[0].tolist() == [2, 0, 2, 0]
+    short = [dict(entropy_s=h[:1], value=d[:1]), *found]
+    assert [w_T.sum().item() for w_T in RULES["tip"].weigh(short, 0.3)] == [1, 4]   # a rollout keeps its weight
+
+
+def test_token_weights_and_the_methods_own_are_factors(start):
+    """camopd's dropped rollouts are not even read, and its scale stays."""
+    run = start(method="camopd", token_weight="prefix", token_knob=2, scale=3, mass=0.5, schedule="1",
+                rollouts=2, max_new_tokens=8)
+    plain = start(method="camopd", scale=3, mass=0.5, schedule="1", rollouts=2, max_new_tokens=8)
+    (ours,), (theirs,) = next(run.jobs()), next(plain.jobs())
+    kept = 0
+    for w_T, w, r in zip(ours.weights, theirs.weights, ours.rollouts):
+        kept += bool(w)
+        expected = [float(w) * len(r.ids_T) / min(2, len(r.ids_T)) * (t < 2) for t in range(len(r.ids_T))]
+        assert torch.as_tensor(w_T).expand(len(r.ids_T)).tolist() == pytest.approx(expected)
+    assert 0 < kept < len(ours.rollouts)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("method", ["opd", "mopd", "camopd"])
+def test_methods_train_with_every_token_weight_beside_the_other_terms(start, method, name):
+    """Nothing is counted twice, and what a step says is of the method's own Jobs."""
+    flags = dict(method=method, token_weight=name, rollouts=2, batch=2, steps=2, drop_cut=True,
+                 max_new_tokens=40)
+    flags |= {"camopd": dict(schedule="1"), "mopd": dict(kl_weight=0.1, loss="rkl"),
+              "opd": dict(kl_weight=0.1, loss="pg", reward_weight=1)}[method]
+    run = start(**flags)
+    opd.train(run)
+    for line in metrics(run):
+        assert line["rollouts"] == 4 and math.isfinite(line["loss"])
+        names = {name.partition(", ")[2] for name in line.get("branches", {})}
+        assert names - {""} == ({"eopd"} if name == "eopd" else set()) | (
+            {"anchor"} if method != "camopd" else set())
