@@ -275,6 +275,10 @@ FLAGS = {
                         "a public set as openai/gsm8k (data/convert.py); one per branch. For camopd the "
                         "first is the branch to recover, the others are preserved", words="+",
                         shown="[BRANCH=]FILE", basic=True, resume=True),       # by content: prompts_sha256
+        "teacher_system": Flag(None, "a text that teachers see before every prompt, in a chat as system "
+                               "message, and from which the student learns to do without it; OPCD, "
+                               "2602.12275. For one prompt it is the row's teacher_prompt", shown="FILE",
+                               of_methods=True, resume=True),           # by content: prompts_sha256
         "val_prompts": Flag([], "prompts with answers for the gate, one file per branch, neither trained nor "
                             "evaluated on", words="+", shown="BRANCH=FILE", of_methods=True, resume=True),
         "eval_prompts": Flag([], "prompts with answers, never trained on; a public set may name a split, as "
@@ -313,13 +317,27 @@ FLAGS = {
                       only=(lambda c: c.support != "full", "a --support other than full")),
         "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
                           "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
+        "kl_weight": Flag(0.0, "weight of KL(p || the student as it started) beside the loss, at every "
+                          "token; 0.04 in GRPO, 2402.03300", NOT_NEGATIVE, of_methods=True),
+        "token_weight": Flag(None, "which tokens count, by what both models think there: see "
+                             "methods/token_weights.py",
+                             OneOf("entropy", "tip", "selectkd", "prefix", "eopd"), of_methods=True),
+        "token_knob": Flag(None, "its share, rank, length or entropy; default: as in the table there",
+                           POSITIVE, of_methods=True, only=(lambda c: c.token_weight, "--token_weight")),
         "loss_temperature": Flag(1.0, "divides both models' logits in the loss", TEMPERATURE),
         "importance_cap": Flag(None, "every token's weight is multiplied by min(p_train / p_sampler, C); "
                                "0 = it is not; OPCoD 2606.14368, table 4", NOT_NEGATIVE, shown="C",
                                of_methods=True),
         "importance": Flag([0.5, 2.0], "pg: tokens whose p_train / p_sampler is outside have weight 0; "
                            "Nemotron-Cascade 2, 2603.19220", NOT_NEGATIVE, words=2, shown=("LOW", "HIGH"),
-                           only=(lambda c: c.loss == "pg", "--loss pg"))},
+                           only=(lambda c: c.loss == "pg", "--loss pg")),
+        "advantage_clip": Flag(None, "pg: the gap counts as at most C nats, either way; Lightning OPD, "
+                               "2604.13010, takes 10", POSITIVE, shown="C",
+                               only=(lambda c: c.loss == "pg", "--loss pg")),
+        "reward_weight": Flag(0.0, "pg: the advantage is the gap + ALPHA (r - the mean reward r of the "
+                              "prompt's rollouts), the teacher's and grpo's together, as in KDRL, "
+                              "2506.02208, whose weight is on the gap", NOT_NEGATIVE, shown="ALPHA",
+                              of_methods=True, only=(lambda c: c.loss == "pg", "--loss pg"))},
     "several branches, self-teachers": {
         "mixture": Flag(None, "shares of the branches in a mixed batch; default: equal", Ratio(),
                         only=(lambda c: (getattr(c, "schedule", "mixed") == "mixed"
@@ -371,7 +389,8 @@ FLAGS = {
                                only=(samples, "a --method that samples, or --eval_prompts")),
         "drop_cut": Flag(False, "completions that reach --max_new_tokens without an end are not learned "
                          "from; in camopd they are not selected, in preferences their pair is left out, in "
-                         "grpo their rewards still count in the mean", bool, only=SAMPLED),
+                         "grpo and with --reward_weight their rewards still count in the mean", bool,
+                         only=SAMPLED),
         "drop_long": Flag(False, "leave out prompts that have no room for a completion, and say how many, "
                           "instead of refusing their file", bool),
         "sample_batch": Flag(None, "completions sampled at a time; default: what a quarter of the GPU's "
@@ -381,8 +400,9 @@ FLAGS = {
                                      json_object, shown="JSON"),
         "teacher_chat_template_kwargs": Flag(None, "likewise, to that of teachers and self-teachers; "
                                              "default: what the students get", json_object, shown="JSON",
-                                             only=(lambda c: c.teachers or hasattr(c, "templates")
-                                                   and c.self_teacher != "live",
+                                             only=(lambda c: c.teachers or (
+                                                 hasattr(c, "templates") or hasattr(c, "teacher_system"))
+                                                 and c.self_teacher != "live",
                                                    "a teacher that reads prompts of its own")),
         "eval_every": Flag(None, "steps, of both students together, between evaluations; 0 = before and "
                            "after training only; default: 0, or a round of methods that have rounds", AMOUNT,

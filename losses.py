@@ -323,6 +323,8 @@ class Objective:
                  sampled-token reverse KL as a policy gradient. CaMOPD, 2605.27115, eq. 1-2.
     temperature  divides both models' logits in the loss (nothing to do with the sampling temperature)
     importance   (low, high) bounds of the importance weight of "pg"
+    clip         the gap counts in the advantage of "pg" as at most so much, either way; None: as it is
+    reward       weight alpha of the reward in it: A = gap + alpha (r - the mean r of the prompt's rollouts)
     cap          of `truncated_importance`, by which weights are multiplied for every loss but pg; None: they
                  are not
     ce           weight of -log p(y) beside the divergence, as in Hinton et al., 1503.02531
@@ -335,6 +337,8 @@ class Objective:
     support: str = "full"
     top_k: int | None = None
     importance: tuple = (0.5, 2.0)
+    clip: float | None = None
+    reward: float = 0.0
     cap: float | None = None
     ce: float = 0.0
 
@@ -358,12 +362,14 @@ def truncated_importance(lp_T, sampler_lp_T, cap):
     return (lp_T - sampler_lp_T).exp().clamp(max=cap)
 
 
-def policy_gradient_weight(gap_T, lp_T, sampler_lp_T, importance):
+def policy_gradient_weight(gap_T, lp_T, sampler_lp_T, importance, clip=None, reward=0.0):
     """Return w A, the factor of -log p(y) in CaMOPD eq. 2, with the advantage A = the gap lq(y) - lp(y).
 
-    For y ~ p the expected gradient is that of the per-token reverse KL.
+    For y ~ p the expected gradient is that of the per-token reverse KL. clip: the gap counts as at most so
+    much, either way. reward: what is added to it, one number for the rollout.
     """
-    return importance_weight(lp_T, sampler_lp_T, *importance) * gap_T
+    advantage_T = gap_T if clip is None else gap_T.clamp(-clip, clip)
+    return importance_weight(lp_T, sampler_lp_T, *importance) * (advantage_T + reward)
 
 
 LOSSES = {"nll": Objective(label="nll"), "pg": Objective(label="pg"),

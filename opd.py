@@ -53,11 +53,14 @@ from data.check import check_prompts
 from data.folder import (Folder, answer_records, logged_samples, process_memory, rollout_stats, step_line,
                          warn_of_first_step)
 from data.graders import grade
-from data.prompts import load_prompts
+from data.prompts import load_prompts, read_system
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
 from methods import METHODS, Job, Rollout, by_branch, shuffled
+from methods.anchor import anchors
 from methods.feedback import Templates, read_templates
+from methods.rewards import advantages
+from methods.token_weights import weigh_tokens
 from models import micro_batches
 from sampler import default_rows
 from text import read_models
@@ -278,8 +281,11 @@ def correction(job, group, hidden_NH):
     objective, rollouts = job.objective, [job.rollouts[i] for i in group]
     if objective.label == "pg":
         assert all(r.logp_T is not None for r in rollouts), "pg needs rollouts that were sampled"
+        # compared with all rollouts of the prompt, whatever the micro-batch and the weights are
+        rewards = advantages(job.rollouts) if objective.reward else [0.0] * len(job.rollouts)
         return torch.cat([policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
-                                                 objective.importance) for i in group])
+                                                 objective.importance, objective.clip,
+                                                 objective.reward * rewards[i]) for i in group])
     if not objective.cap or all(r.logp_T is None for r in rollouts):
         return 1
     lps = job.learner.token_log_probs(hidden_NH, [r.ids_T for r in rollouts], objective.temperature)
@@ -313,9 +319,11 @@ def step_stats(run, jobs, weights, stats):
     by_job = {}
     for job, job_weights, job_stats in zip(jobs, weights, stats):
         name = job.branch + (f", {job.learner.name}" if job.learner not in run.students else "")
+        name += f", {job.beside}" if job.beside else ""
         name = name if name not in by_job else f"{name}, Job {len(by_job) + 1}"
         by_job[name] = rollout_stats([job], [job_weights], [job_stats])
-    own = [i for i, job in enumerate(jobs) if job.learner in run.students]      # not a teacher that learns
+    own = [i for i, job in enumerate(jobs)                                      # not a teacher that learns
+           if job.learner in run.students and not job.beside]
     of_students = ([x[i] for i in own] for x in (jobs, weights, stats))
     return {"branch": "+".join(branches), **rollout_stats(*of_students),
             **({"branches": by_job} if len(jobs) > 1 else {})}
@@ -400,7 +408,7 @@ def record(run, jobs, weights, stats):
     """After a step: count it, evaluate when due, one line on screen and disk, a checkpoint when due."""
     cfg, state = run.cfg, run.state
     for job, job_weights in zip(jobs, weights):
-        for sample in logged_samples(job, job_weights, cfg.log_samples):
+        for sample in logged_samples(job, job_weights, 0 if job.beside else cfg.log_samples):
             run.folder.log("samples", {"step": state["step"], **sample})
     if state["step"] == 0:
         check_first_rollouts(run, jobs)
@@ -493,6 +501,9 @@ class Run:
         texts = dict(self.prompts or self.evals)
         texts |= {f"val {branch}": rows for branch, rows in self.gate_prompts.items()}
         texts |= {"templates": vars(self.templates)} if templates else {}
+        system = getattr(cfg, "teacher_system", None)
+        self.system = read_system(system) if system is not None else ""
+        texts |= {"teacher_system": self.system} if self.system else {}
         cfg.prompts_sha256 = {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
                               for name, text in texts.items()}
 
@@ -514,7 +525,7 @@ class Run:
         readers = {path: self.teachers[branch] for branch, path in cfg.teachers.items()}
         self.students = models.load_students(self.students, cfg, checkpoint, learns)
         by_path = models.load_teachers(readers, self.students[0], cfg, checkpoint, learns)
-        kind = getattr(cfg, "self_teacher", None)
+        kind = getattr(cfg, "self_teacher", "frozen" if getattr(cfg, "kl_weight", 0) else None)
         self.self_teachers = [models.make_self_teacher(reader, student, kind, cfg)
                               for reader, student in zip(self.self_teachers, self.students)]
         self.learners = self.students + [t for t in by_path.values() if isinstance(t, models.Learner)]
@@ -553,7 +564,9 @@ class Run:
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
                        top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
-                       importance=tuple(cfg.importance), cap=getattr(cfg, "importance_cap", None) or None,
+                       importance=tuple(cfg.importance), clip=cfg.advantage_clip,
+                       reward=getattr(cfg, "reward_weight", 0.0),
+                       cap=getattr(cfg, "importance_cap", None) or None,
                        ce=getattr(cfg, "ce_weight", 0.0))
 
     @property
@@ -584,6 +597,9 @@ class Run:
                 assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
                 assert jobs, f"{self.cfg.method} has yielded no rollouts"
+                beside = weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
+                beside += anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
+                jobs += beside
                 if self.cfg.drop_cut:
                     for job in jobs:
                         job.leave_out_cut()
@@ -622,9 +638,11 @@ class Run:
         with self.timed("sample"):
             inputs = []
             for prompt in prompts:
-                ids = model.encode(prompt["prompt"])
                 # a student is trained on what it saw; another model may see the prompt differently
-                views = self.views(prompt, ids if model in self.students else None)
+                learns = model in self.students
+                ids = model.encode(prompt["prompt"] if learns else
+                                   prompt.get("teacher_prompt", prompt["prompt"]))
+                views = self.views(prompt, ids if learns else None)
                 inputs += [(prompt, ids, views)] * n
             completions = self.complete(model, [ids for _, ids, _ in inputs], temperature, top_p)
             rollouts = []
@@ -646,10 +664,15 @@ class Run:
                                   top_p or cfg.top_p, max_new_tokens or cfg.max_new_tokens, cfg.sample_batch)
 
     def views(self, prompt, prompt_ids=None):
-        """Return a prompt's token ids as the student sees it, and as the branch's teacher sees it."""
+        """Return a prompt's token ids as the student sees it, and as the branch's teacher sees it.
+
+        A teacher_prompt is for the branch's teacher, or where there is none for the self-teacher.
+        """
         prompt_ids = prompt_ids or self.student.encode(prompt["prompt"])
-        teacher = self.teachers.get(prompt["branch"])
-        return prompt_ids, teacher.encode(prompt["prompt"]) if teacher else prompt_ids
+        teacher, seen = self.teachers.get(prompt["branch"]), prompt.get("teacher_prompt", prompt["prompt"])
+        if "teacher_prompt" in prompt:
+            teacher = teacher or self.self_teachers[0]
+        return prompt_ids, teacher.encode(seen) if teacher else prompt_ids
 
     def rollout(self, prompt, ids_T, views=None, **more):
         """Return a Rollout with the prompt as student and teacher see it."""

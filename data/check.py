@@ -13,7 +13,7 @@ from config import Refused, first_line, nearest
 from text import messages, opens_thinking
 
 from .graders import can_be_correct, without_thinking
-from .prompts import check_grader
+from .prompts import check_grader, with_system
 
 RULES = {                   # what a row can break, in the order of the checks -> in words for --dry_run
     "fields": "lack what the method learns from, or what evaluation compares with",
@@ -46,9 +46,10 @@ class Fault(Refused):
 def check_prompts(run):
     """Refuse rows that cannot be rendered, do not fit the models, or cannot be graded or learned from.
 
-    A row that has an answer and names no grader gets that of --grader. With --drop_long rows that are too
-    long are left out. Return the largest lengths in tokens: .prompt, of a prompt as any of the models sees
-    it; .completion; and .read, of a prompt that a self-teacher or a tutor can get to read.
+    A row that has an answer and names no grader gets that of --grader; with --teacher_system a row to train
+    on gets its teacher_prompt. With --drop_long rows that are too long are left out. Return the largest
+    lengths in tokens: .prompt, of a prompt as any of the models sees it; .completion; and .read, of a prompt
+    that a self-teacher or a tutor can get to read.
     """
     cfg, longest, found = run.cfg, SimpleNamespace(prompt=0, completion=0, read=0), {}
     check_grader("--grader: ", "exact" if cfg.grader is None else cfg.grader)
@@ -59,6 +60,8 @@ def check_prompts(run):
     for row in graded:
         row["grader"] = cfg.grader or "exact"
     check_options(run)
+    if run.system:
+        tell_teachers(run)
     for branch, rows in run.prompts.items():
         teachers = [run.teachers[branch]] if branch in run.teachers else []
         teachers = run.teachers.values() if run.method.teachers == "any" else teachers
@@ -80,7 +83,9 @@ def check_prompts(run):
 
 def check_options(run):
     """Refuse an option that no chat template reads: it is misspelt, and would change nothing."""
-    cfg, own = run.cfg, run.self_teachers if hasattr(run.cfg, "templates") else []
+    cfg = run.cfg
+    sees_more = hasattr(cfg, "templates") or hasattr(cfg, "self_teacher") and hasattr(cfg, "teacher_system")
+    own = run.self_teachers if sees_more else []
     teachers = [*run.teachers.values(), *own]
     for flag, readers in (("chat_template_kwargs", [*run.students, *teachers]),
                           ("teacher_chat_template_kwargs", teachers)):
@@ -91,6 +96,23 @@ def check_options(run):
             if option not in names:
                 raise Refused(f"--{flag}: no chat template of {', '.join({r.path: 0 for r in readers})} "
                               f"reads {option!r}; {nearest(option, sorted(names))}")
+
+
+def tell_teachers(run):
+    """Let the teacher of every training prompt see it with the text of --teacher_system."""
+    for branch, rows in run.prompts.items():
+        teacher = run.teachers.get(branch, run.self_teachers[0])
+        try:
+            if teacher.template:
+                check_messages(with_system(messages("a question"), run.system), teacher)
+        except Exception as error:                  # templates raise what they like
+            raise Refused(f"--teacher_system {run.cfg.teacher_system}: {first_line(error)}") from None
+        for row in rows:
+            if "teacher_prompt" in row:
+                raise Refused(f'{run.cfg.prompts[branch]}:{row["row"]}: it has a "teacher_prompt", which '
+                              "--teacher_system would replace; give one of both")
+            seen = messages(row["prompt"]) if teacher.template else row["prompt"]
+            row["teacher_prompt"] = with_system(seen, run.system)
 
 
 def check_file(run, path, rows, readers, longest, found, trained=False, read=None):
@@ -151,14 +173,19 @@ def check_fields(run, row, trained):
     """Refuse a row that lacks what the method learns from, or what evaluation compares with."""
     method, name = run.method, run.cfg.method
     if not trained:
+        row.pop("teacher_prompt", None)         # no teacher sees it
         if "answer" not in row:
             raise Fault("fields", 'no "answer", so it cannot be evaluated')
         return
-    for need in method.needs:                   # "a|b": one of these fields is enough
+    rewarded = ("answer",) if getattr(run.cfg, "reward_weight", 0) else ()
+    for need in method.needs + rewarded:        # "a|b": one of these fields is enough
         if not any(field in row for field in need.split("|")):
             fields = '" or "'.join(need.split("|"))
-            purpose = {"solution": "learns from", "answer": "needs for its rewards"}.get(need, "needs")
+            purpose = {"solution": "learns from", "answer": "needs for its rewards", "teacher_prompt":
+                       "shows its teacher; or give --teacher_system"}.get(need, "needs")
             raise Fault("fields", f'no "{fields}", which --method {name} {purpose}')
+    if "teacher_prompt" in row and "teacher_system" not in method.defaults:
+        raise Fault("fields", f'a "teacher_prompt", but --method {name} has no teacher that sees it')
     for field in fixed_texts(method):
         if field in row and not isinstance(row[field], str):
             raise Fault("fields", f'"{field}", which --method {name} learns from, is text, not '
@@ -177,8 +204,9 @@ def check_row(run, row, reader, trained, read):
     Return the tokens of its prompt, of its longest completion, and of what a self-teacher can get to read.
     """
     cfg, method = run.cfg, run.method
-    check_messages(row["prompt"], reader)
-    ids = reader.encode(row["prompt"])
+    prompt = row["prompt"] if reader in run.students else row.get("teacher_prompt", row["prompt"])
+    check_messages(prompt, reader)
+    ids = reader.encode(prompt)
     with breaking("fields"):
         seen = read(run, run.self_teacher(reader) if reader in run.students else reader, row) if read else []
     texts = {field: row[field] for field in fixed_texts(method) if field in row} if trained else {}

@@ -3,6 +3,7 @@
 A prompt file has one JSON object per line, or is one JSON list of them, a .csv or a .parquet table:
 
     prompt      text, or a list of chat messages {"role": .., "content": ..}, the last one the user's
+    teacher_prompt      the prompt as its teacher sees it, text or chat, where that is another  (optional)
     solution    reference completion, for methods that learn from fixed data                    (optional)
     answer      what `grader` compares a completion with                                        (optional)
     grader      a name in data.graders, or FILE.py:NAME; without it that of --grader, exact     (optional)
@@ -32,7 +33,7 @@ from config import Refused, first_line, nearest, parse_json
 from . import convert
 from .graders import GRADERS, is_own, own
 
-FIELDS = ("prompt", "solution", "answer", "grader", "chosen", "rejected", "rationales", "branch")
+FIELDS = ("prompt", "teacher_prompt", "solution", "answer", "grader", "chosen", "rejected", "rationales", "branch")
 FORMATS = "JSON lines, a JSON list, .csv or .parquet"
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
@@ -135,8 +136,9 @@ def check_prompt(where, row):
         found = ", ".join(row) or "an empty one" if isinstance(row, dict) else str(row)[:60]
         raise Refused(f'{where}: a row is an object with a non-empty "prompt" (or messages, conversations, '
                       f"instruction, question), not: {found}")
-    if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
-        raise Refused(f'{where}: "prompt" is text or a list of {{"role", "content"}} messages')
+    for name in ("prompt", "teacher_prompt"):
+        if not isinstance(row.get(name, ""), str) and not is_chat(row[name]):
+            raise Refused(f'{where}: "{name}" is text or a list of {{"role", "content"}} messages')
     if (text := json.dumps(row, ensure_ascii=False)) != text.encode(errors="replace").decode():
         raise Refused(f"{where}: it has half of a surrogate pair (as in \\ud83d), which is no character")
     for name in row.keys() - set(FIELDS):
@@ -187,6 +189,34 @@ def is_chat(prompt):
     return isinstance(prompt, list) and bool(prompt) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt)
+
+
+def read_system(path):
+    """Return the text of a --teacher_system file; refuse what is no text, or blank."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
+            raise Refused(f"cannot read --teacher_system {path}: it is no file")
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise Refused(f"cannot read --teacher_system {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"--teacher_system {path} is not UTF-8 text ({error})") from None
+    except ValueError as error:                                 # a NUL in its name, say; or from above
+        raise error if isinstance(error, Refused) else Refused(
+            f"cannot read --teacher_system {path!r}: {first_line(error)}") from None
+    if not text:
+        raise Refused(f"--teacher_system {path} is blank, so a teacher would see nothing more")
+    return text
+
+
+def with_system(prompt, text):
+    """Return a chat with a text in its system message, before what is there; a text with it before it."""
+    if isinstance(prompt, str):
+        return f"{text}\n\n{prompt}"
+    first, *others = prompt
+    if first["role"] == "system":
+        return [first | {"content": f"{text}\n\n{first['content']}"}, *others]
+    return [{"role": "system", "content": text}, *prompt]
 
 
 def prompt_text(prompt):

@@ -117,13 +117,12 @@ def about_prompts(run):
     student = run.student
     for branch, rows in run.prompts.items():
         row, teacher = rows[0], run.teachers.get(branch)
-        seen = student.encode(row["prompt"])
+        seen, theirs = run.views(row)
         print(f"\nfirst of {len(rows):,} prompts of {branch!r} as the student sees it, {len(seen)} tokens")
         print(f"  {student.tok.decode(seen)!r}")
-        if teacher:
-            theirs = teacher.encode(row["prompt"])
+        if teacher or theirs != seen:
             print("the teacher sees the same tokens" if theirs == seen else
-                  f"as the teacher sees it, {len(theirs)} tokens:\n  {teacher.tok.decode(theirs)!r}")
+                  f"as the teacher sees it, {len(theirs)} tokens:\n  {student.tok.decode(theirs)!r}")
         show_loss(run, row, seen)
 
 
@@ -371,9 +370,14 @@ def update_bytes(model, sequences, length, again):
     return max(peak, 0)
 
 
+def has_divergence(run):
+    """Return whether a step computes a divergence, as its loss or beside it."""
+    return run.objective.divergence or getattr(run.cfg, "kl_weight", 0)
+
+
 def buffer_bytes(run, tokens):
     """Return the bytes of the fused loss's logit buffers (kernels/chunked.py); a divergence has two."""
-    row = 4 * run.student.vocab * (2 if run.objective.divergence else 1)
+    row = 4 * run.student.vocab * (2 if has_divergence(run) else 1)
     most = CHUNK_BYTES["cpu" if run.cfg.device == "cpu" else "gpu"]
     return min(max(most // row, 1), tokens) * row
 
@@ -389,7 +393,7 @@ def loss_bytes(run, tokens, teachers):
     if head_VH.requires_grad:                                   # its float32 gradient is scaled in place
         out += 4 * head_VH.numel()
         out += head_VH.numel() * size if size < 4 else 0
-    if not run.objective.divergence:
+    if not has_divergence(run):
         return out
     alone = run.cfg.teacher_device != run.cfg.device.split(":")[0]      # the teacher's head comes alone
     needed = []

@@ -82,6 +82,8 @@ class Job:
     objective: Objective
     weights: list | None = None             # per rollout a number, or a tensor [T], one per token; None: ones
     tokens: str = "mean"                    # a rollout's loss: "mean" or "sum" over its tokens
+    beside: str = ""                        # of a term beside the method's own its name; a step's statistics
+    #                                         leave it out
     count: int | None = None                # what the loss is divided by; None: the rollouts of weight not 0
     lp: list | None = None                  # log p(y) of every rollout, [T], once scored; None: not read
     lq: list | None = None                  # log q(y), likewise
@@ -245,6 +247,8 @@ def method(losses, *, defaults=None, **facts):
                if p.kind is inspect.Parameter.KEYWORD_ONLY}
         check_registration(generator, losses, own, defaults or {})
         every = {name: flag.default for name, flag in own.items()} | (defaults or {})
+        if facts.get("teachers", "each") in ("each", "one"):
+            every.setdefault("teacher_system", None)        # a branch's teacher may see more than the student
         METHODS[generator.__name__] = Method(generator, losses, own, every, **facts)
         return generator
     return register
@@ -281,6 +285,7 @@ def any_divergence(first, *others):
 # ---- defaults that several methods share; they also say which methods have these flags ---------------------
 
 DIAGNOSED = dict(diagnose_every=0, diagnose_rollouts=None, diagnose_layers=0)
+TOKENS = dict(token_weight=None, token_knob=None)
 EMA = dict(self_teacher="ema", ema_rate=0.05, templates=None)
 FROZEN = EMA | dict(self_teacher="frozen")
 
@@ -289,5 +294,6 @@ for file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{file.name}")
 
 # In the order of --help; methods that ORDER does not name come last.
-ORDER = "sft seqkd kd gkd okd compact opd mopd camopd focus grpo dpo apt sai_dpo star opsd sdpo opcod".split()
+ORDER = """sft seqkd kd gkd okd compact opd mopd camopd focus exopd grpo dpo apt sai_dpo star opsd context
+    sdpo opcod""".split()
 METHODS = {name: METHODS[name] for name in ORDER} | METHODS

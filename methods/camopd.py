@@ -15,11 +15,13 @@ import torch
 
 from config import PerBranch, Ratio, Refused
 
-from . import DIAGNOSED, any_divergence, method
+from . import DIAGNOSED, TOKENS, any_divergence, method
+from .token_weights import check_tokens
 
 
 def check(cfg):
     """Refuse settings under which nothing is trained."""
+    check_tokens(cfg)
     if not any(cfg.scale.values()):
         raise Refused("--scale 0 for every branch trains nothing")
 
@@ -35,7 +37,8 @@ def select(run, jobs, *, mass, scale, **_):             # called with all of the
         job.weights = list(scale[job.branch] * keep_B.to(demand_B.dtype))
 
 
-@method(losses=any_divergence("pg"), select=select, check=check, defaults=DIAGNOSED | dict(rollouts=1))
+@method(losses=any_divergence("pg"), select=select, check=check,
+        defaults=DIAGNOSED | TOKENS | dict(rollouts=1))
 def camopd(run, *, schedule: Ratio("mixed") = "3:1", mass: PerBranch(most=1) = 0.8,
            scale: PerBranch() = (2.0, 1.0)):
     """Alternate the branches, and keep the rollouts with the largest gaps.

@@ -1,8 +1,22 @@
 """On-policy distillation with one teacher, or with several that each have a branch of prompts."""
-from . import DIAGNOSED, Job, any_divergence, method
+from config import Refused
+
+from . import DIAGNOSED, TOKENS, Job, any_divergence, method
+from .token_weights import check_tokens
 
 
-@method(losses=any_divergence("rkl", "pg"), teachers="one", defaults=DIAGNOSED | dict(rollouts=1))
+def check(cfg):
+    """Refuse a reward that nothing is compared with, and a knob that cannot be."""
+    check_tokens(cfg)
+    if cfg.reward_weight and cfg.rollouts == 1:
+        raise Refused("--reward_weight compares the rollouts of a prompt: --rollouts must be at least 2")
+
+
+TERMS = TOKENS | dict(reward_weight=0.0, kl_weight=0.0)
+
+
+@method(losses=any_divergence("rkl", "pg"), teachers="one", check=check,
+        defaults=DIAGNOSED | TERMS | dict(rollouts=1))
 def opd(run):
     """On-policy distillation: the student writes, the teacher's distribution corrects each token it wrote.
 
@@ -13,7 +27,8 @@ def opd(run):
         yield [Job(run.student, run.teacher, rollouts, run.objective)]
 
 
-@method(losses=any_divergence("pg"), defaults=DIAGNOSED | dict(rollouts=1))
+@method(losses=any_divergence("pg"), check=check,
+        defaults=DIAGNOSED | TERMS | dict(rollouts=1))
 def mopd(run):
     """Multi-teacher OPD: a step mixes all branches, each routed to its teacher. CaMOPD 2605.27115, eq. 1-3.
 

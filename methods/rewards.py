@@ -11,12 +11,13 @@ def check(cfg):
 
 
 @method(losses=("nll",), teachers="none", needs=("answer",), check=check,
-        defaults=dict(rollouts=8, importance_cap=2.0))
+        defaults=dict(rollouts=8, importance_cap=2.0, kl_weight=0.0))
 def grpo(run):
     """Group-relative policy optimisation, one update per batch: -(1/n) sum_i A_i 1/T_i sum_t w_t log p(y_t).
 
     A_i = r_i - the mean reward of the rollouts of its prompt. DeepSeekMath, 2402.03300, as the baseline of
-    OPCoD (2606.14368, app. D.3): no division by the standard deviation, no KL, w_t = min(p / p_sampler, 2).
+    OPCoD (2606.14368, app. D.3): no division by the standard deviation, w_t = min(p / p_sampler, 2), and no
+    KL without --kl_weight.
     """
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw())

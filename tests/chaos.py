@@ -32,6 +32,7 @@ from tqdm import tqdm
 from data.files import read_lines
 from losses import DIVERGENCES, SUPPORTS
 from methods import METHODS
+from methods.token_weights import RULES
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
@@ -50,6 +51,7 @@ def make_world(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in WORD_ROWS))
     (folder / "templates.json").write_text(json.dumps(TEMPLATES))
     (folder / "grader.py").write_text(GRADER)
+    (folder / "system.txt").write_text("last copy")
     return folder
 
 
@@ -67,6 +69,8 @@ def flags_of(world, name):
         flags |= dict(max_new_tokens=6, eval_prompts=[f"e={world / 'words.jsonl'}"], eval_every=2)
     if "templates" in method.defaults:
         flags["templates"] = world / "templates.json"
+    if method.teachers == "none" and "teacher_system" in method.defaults:
+        flags["teacher_system"] = world / "system.txt"
     if method.students == 2:
         flags |= dict(student=[world / "a", world / "b"], feedback_tokens=6, break_prompts=2, gate_rollouts=2,
                       eval_temperature=1, val_prompts=[f"{b}={world / f'val_{b}'}.jsonl" for b in branches])
@@ -83,7 +87,10 @@ def random_flags(rng, world):
                 gradient_checkpointing=[True], drop_cut=[True], temperature=[0.5], top_p=[0.6],
                 sample_batch=[1, 3], max_new_tokens=[1, 3, 12], skip_bad_steps=[2], save_every=[0],
                 rollouts=[1, 2, 5] if "rollouts" in defaults else [], lora_rank=[2] if find_spec("peft") else [],
-                self_teacher=["ema", "frozen", "live"] if "self_teacher" in defaults else [])
+                self_teacher=["ema", "frozen", "live"] if "self_teacher" in defaults else [],
+                token_weight=list(RULES) if "token_weight" in defaults else [],
+                kl_weight=[0.1] if "kl_weight" in defaults else [],
+                teacher_system=[world / "system.txt"] if "teacher_system" in defaults else [])
     if flags["loss"] in DIVERGENCES:
         knob = DIVERGENCES[flags["loss"]].knob
         more |= dict(target=["veto", "taid"], support=SUPPORTS, **({knob: [0, 0.3, 1, 2]} if knob else {}))

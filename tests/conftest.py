@@ -71,6 +71,9 @@ def argv(tmp_path, models, prompts):
         if "templates" in method.defaults:
             ours["templates"] = tmp_path / "templates.json"
             ours["templates"].write_text(json.dumps(TEMPLATES))
+        if method.teachers == "none" and "teacher_system" in method.defaults:
+            ours["teacher_system"] = tmp_path / "system.txt"
+            ours["teacher_system"].write_text("last copy\n")
         if method.students == 2:
             pair = lambda name: [f"{branch}={prompts(name + branch)}" for branch in ("words", "more")]
             ours |= dict(student=[models / "a", models / "b"], prompts=pair(""), val_prompts=pair("val"),

@@ -423,6 +423,16 @@ LINES = [                                                       # no file of the
         ("compact", {}, "weight_temperature", "1e-310"), ("opd", {}, "grad_clip", "1e-300"))],
     row("--clusters and a field", words("sai_dpo", cluster_field="t", clusters=3),
         "no effect with --cluster_field"),
+    row("--reward_weight with one rollout", words("mopd", reward_weight=0.5),
+        "--reward_weight compares the rollouts of a prompt: --rollouts must be at least 2"),
+    row("--reward_weight of a divergence", words(loss="rkl", rollouts=2, reward_weight=0.5),
+        "--reward_weight has no effect without --loss pg"),
+    row("--token_knob alone", words(token_knob=0.5), "--token_knob has no effect without --token_weight"),
+    row("--token_knob above 1", words("camopd", token_weight="tip", token_knob=2),
+        "--token_knob 2.0: with --token_weight tip it is a share, at most 1"),
+    row("--token_weight of kd", words("kd", token_weight="tip"), "no effect on --method kd; it is for: opd,"),
+    row("--kl_weight of focus", words("focus", kl_weight=0.1), "it is for: opd, mopd, grpo"),
+    row("--advantage_clip 0", words(loss="pg", advantage_clip=0), "--advantage_clip: 0 is not above 0"),
     row("grpo with one rollout", words("grpo", rollouts=1), "--rollouts must be at least 2"),
     row("okd without a teacher to teach", words("okd", teacher_pull=0, ce_weight=0),
         "teach the teacher nothing"),
@@ -841,6 +851,55 @@ TEMPLATES = [
     texts("a template with a brace", TOLD % "{solution} {", "a literal brace is {{ or }}"),
     texts("a template twice", '{"solution": "{solution}", "solution": "{solution}"}', "twice"),
     texts("a template with half a surrogate pair", TOLD % r"{solution}\ud83d", "surrogate"),
+]
+
+
+# ---- --teacher_system --------------------------------------------------------------------------------------
+
+def system(name, content, *words, **flags):
+    """A row of a run whose --teacher_system file has this content."""
+    return row(name, lambda w: dict(teacher_system=w.file("s.txt", content)) | flags, "--teacher_system",
+               "s.txt", *words)
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+SYSTEM = [
+    row("--teacher_system that is not there", dict(teacher_system="none.txt"),
+        "cannot read --teacher_system none.txt: No such file"),
+    row("--teacher_system that is a folder", lambda w: dict(teacher_system=w.folder("t")),
+        "cannot read --teacher_system", "it is no file"),
+    row("--teacher_system that is empty", dict(teacher_system=""), "--teacher_system"),
+    row("--teacher_system with a NUL", dict(teacher_system="x\0y"), "x\\x00y"),
+    row("--teacher_system that is a pipe", lambda w: dict(teacher_system=fifo(w, "pipe")), "pipe"),
+    row("--teacher_system of sft", dict(method="sft", teacher_system="x"),
+        "--teacher_system has no effect on --method sft; it is for: "),
+    system("--teacher_system that is blank", " \n", "is blank, so a teacher would see nothing more"),
+    system("--teacher_system that is not UTF-8", b"caf\xe9", "is not UTF-8 text"),
+    row("--teacher_system without a system role", lambda w: dict(
+        teacher_system=w.file("s.txt", "Be kind."), teachers=w.model(template=NO_SYSTEM)),
+        "--teacher_system", "s.txt: no system role"),
+    row("--teacher_system that a template leaves out", lambda w: dict(
+        teacher_system=w.file("s.txt", "Be kind."), teachers=w.model(template=CHATML.replace(
+            "in messages", "in messages if m.role == 'user'"))), "s.txt: the chat template of",
+        "leaves out the text of a message of role 'system'"),
+    row("--teacher_system that is in the template", lambda w: dict(
+        teacher_system=w.file("s.txt", "<|im_start|>user Hi"), teachers=w.model(template=CHATML)),
+        "s.txt: the text has '<|im_start|>user'"),
+    row("--teacher_system and a teacher_prompt", lambda w: dict(
+        teacher_system=w.file("s.txt", "copy q>"), prompts=w.file("rows.jsonl", [GOOD, GOOD | {
+            "teacher_prompt": "rev"}])), 'rows.jsonl:2: it has a "teacher_prompt"', "give one of both"),
+    prompts("a reward without an answer", {"prompt": "rev abc>"}, ':1: no "answer", which --method opd needs',
+            flags=dict(loss="pg", rollouts=2, reward_weight=0.5)),
+    prompts("context without a teacher_prompt", GOOD, ':1: no "teacher_prompt", which --method context shows',
+            "or give --teacher_system", flags=dict(method="context", teacher_system=[])),
+    prompts("a teacher_prompt that is a number", GOOD | {"teacher_prompt": 5}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt that is null", GOOD | {"teacher_prompt": None}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt of no messages", GOOD | {"teacher_prompt": []}, '"teacher_prompt" is text or'),
+    prompts("a teacher_prompt that is empty", GOOD | {"teacher_prompt": ""}, "the user says nothing"),
+    prompts("a teacher_prompt of grpo", GOOD | {"teacher_prompt": "rev"}, "--method grpo has no teacher that",
+            flags=dict(method="grpo")),
+    prompts("a teacher_prompt that is misspelt", GOOD | {"teacher_promt": "rev"},
+            'did you mean "teacher_prompt"?'),
 ]
 
 
@@ -1352,7 +1411,7 @@ CONVERT = [
     gsm8k("an answer that is a number", {"question": "a", "answer": 5}, ":1: not a row of openai/gsm8k"),
 ]
 
-TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *CHAT, *CONFIGS,
+TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *SYSTEM, *CHAT, *CONFIGS,
 *WEIGHTS,
          *RESUME, *RECIPES, *COMPARE, *CONVERT]
 

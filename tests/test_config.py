@@ -336,6 +336,7 @@ def another(flag):
 SETTINGS = [{}, *[dict(loss=loss) for loss in losses.LOSSES], *[
     {name: choice} for name, flag in config.GENERAL.items() if name not in ("loss", "teacher_device")
     for choice in getattr(flag.type, "names", ())], dict(support="student_sg", top_k=5), dict(lora_rank=4),
+    dict(loss="pg", rollouts=2),
     dict(eval_prompts="e"),
     dict(eval_prompts="e", eval_temperature=1), dict(diagnose_every=1)]           # under one of them every flag has an effect
 
@@ -396,7 +397,7 @@ def test_a_flag_of_other_methods_is_refused_and_says_whose_it_is(name):
         assert not hasattr(opd.configure(words(method)), name)
 
 
-FREE = {"student", "teachers", "prompts", "val_prompts", "templates",       # their content is compared
+FREE = {"student", "teachers", "prompts", "val_prompts", "templates", "teacher_system",     # their content is compared
         "sample_batch", "skip_bad_steps", "resume", "out", "dry_run", "eval_every", "eval_prompts",
         "save_every", "log_samples", "micro_tokens", "gradient_checkpointing", "device", "teacher_device",
         "diagnose_every", "diagnose_rollouts", "diagnose_layers"}   # what does not make another experiment

@@ -1,5 +1,7 @@
 """The protocol between methods and the loop, and the methods that no other file tests."""
 import ast
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -7,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import die_at, metrics, parameters
+from conftest import WORD_ROWS, die_at, gradients, metrics, parameters
+from test_loop import accumulate, double
 
 import opd
 from config import Refused
 from data.folder import rollout_stats
 from losses import LOSSES, Objective
 from methods import METHODS, Job, any_divergence, method
+from methods.token_weights import RULES, weigh_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,3 +259,362 @@ def test_a_teacher_can_learn_beside_its_student(registered, start, monkeypatch):
     again = start(**flags, save_every=2, out=cut.out, resume=True)
     opd.train(again)
     assert torch.equal(parameters(again.teacher), ends[0]) and torch.equal(parameters(again.student), ends[1])
+
+
+# ---- a teacher that sees more ------------------------------------------------------------------------------
+
+def told_rows():
+    """Rows whose teacher_prompt begins with the row's own answer, as far as the tiny tokenizer knows it."""
+    return [row | {"teacher_prompt": f"{row['answer']}={row['prompt']}"} for row in WORD_ROWS]
+
+
+def dense(model, prompt, ids_T):
+    """Log-probabilities [T, V] at every token of a completion, from the logits of transformers itself."""
+    prompt_ids = model.tok(prompt).input_ids
+    logits_TV = model.net(torch.tensor([[*prompt_ids, *ids_T.tolist()]])).logits[0, :, :model.vocab]
+    return torch.log_softmax(logits_TV, -1)[len(prompt_ids) - 1:-1]
+
+
+@pytest.mark.parametrize("method, given", [
+    ("opd", {}), ("mopd", {}), ("camopd", dict(mass=1, scale=1, schedule="1")), ("kd", {}),
+    ("context", {}), ("context", dict(self_teacher="ema")), ("context", dict(self_teacher="live"))], ids=str)
+def test_student_and_teacher_are_compared_where_each_sees_its_own_prompt(start, prompts, method, given):
+    """OPCD eq. 1: KL(p(. | x, y) || q(. | c, x, y)), against autograd on whole logits in float64."""
+    run = double(start(method=method, loss="rkl", prompts=[prompts("told", told_rows())], batch=5,
+                       teacher_system=[], **given))
+    teacher = run.teacher or run.self_teacher(run.student)
+    teacher.net.double()
+    teacher.dtype, teacher.values = torch.float64, {p: v.double() for p, v in teacher.values.items()}
+    jobs = next(run.jobs())
+    loss, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    rollouts, expected = [r for job in jobs for r in job.rollouts], 0
+    for r in rollouts:
+        lp = dense(run.student, r.prompt["prompt"], r.ids_T)
+        lq = dense(teacher, r.prompt["teacher_prompt"], r.ids_T).detach()
+        expected += (lp.exp() * (lp - lq)).sum(-1).mean() / len(rollouts)
+    expected.backward()
+    assert expected > 0.1 and loss == pytest.approx(expected.item(), rel=1e-6)
+    assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
+
+
+def test_a_teacher_writes_after_its_own_prompt_and_the_student_learns_after_the_short_one(start, prompts):
+    """seqkd is then context distillation as it was before it was on-policy."""
+    run = start(method="seqkd", prompts=[prompts("told", told_rows())], batch=5)
+    teacher = run.teacher
+    job, = next(run.jobs())
+    for r in job.rollouts:
+        (ids_T, _), = run.complete(teacher, [teacher.encode(r.prompt["teacher_prompt"])], temperature=0)
+        assert torch.equal(ids_T, r.ids_T) and r.prompt_ids == run.student.encode(r.prompt["prompt"])
+
+
+def test_a_row_without_a_teachers_prompt_is_seen_by_both(start, prompts):
+    rows = [*WORD_ROWS[:2], *told_rows()[2:]]
+    run = start(prompts=[prompts("told", rows)], batch=5)
+    job, = next(run.jobs())
+    for r in job.rollouts:
+        assert r.teacher_ids == run.teacher.encode(r.prompt.get("teacher_prompt", r.prompt["prompt"]))
+    assert sum(r.teacher_ids == r.prompt_ids for r in job.rollouts) == 2
+
+
+def test_one_text_for_all_is_a_teachers_prompt_of_every_row(start, prompts, tmp_path):
+    """To the last bit; and another text under the same path is another experiment."""
+    text = tmp_path / "told.txt"
+    text.write_text("\ufeffcopy q>\n")                          # as some editors begin a file
+    flags = dict(method="context", lr=1e-3, save_every=1)
+    rows = [row | {"teacher_prompt": "copy q>\n\n" + row["prompt"]} for row in WORD_ROWS]
+    one, other = start(**flags, teacher_system=text), start(**flags, teacher_system=[],
+                                                            prompts=[prompts("told", rows)])
+    before = parameters(one.student)
+    for run in (one, other):
+        opd.train(run)
+    assert torch.equal(parameters(one.student), parameters(other.student))
+    assert not torch.equal(parameters(one.student), before)
+    (tmp_path / "copy.txt").write_text("copy q>")
+    start(**flags, teacher_system=tmp_path / "copy.txt", out=one.out, resume=True, steps=3)
+    text.write_text("copy z>")
+    with pytest.raises(Refused, match="another content of teacher_system"):
+        start(**flags, teacher_system=text, out=one.out, resume=True)
+
+
+def test_a_dry_run_shows_what_the_teacher_sees(argv, tmp_path, capsys):
+    """Also where the teacher is the student."""
+    text = tmp_path / "told.txt"
+    text.write_text("last copy")
+    for method in ("context", "opd"):
+        opd.main(argv(method=method, dry_run=True, teacher_system=text))
+        shown = capsys.readouterr().out
+        seen = shown.partition("as the student sees it, ")[2].partition("and where the loss is")[0]
+        assert "as the teacher sees it, 11 tokens:\n  'last copy" in seen and seen.count("rev abc>") == 2
+
+
+# ---- rewards and third models beside the teacher -----------------------------------------------------------
+
+def scattered(run, jobs):
+    """Give the rollouts of some Jobs rewards, and sampled log-probabilities that are not the training's."""
+    g = torch.Generator().manual_seed(0)
+    for i, r in enumerate(r for job in jobs for r in job.rollouts):
+        r.reward = [1.0, 0.0, 0.25, 1.0][i % 4]
+        lp_TV = dense(run.student, r.prompt["prompt"], r.ids_T).detach()
+        r.logp_T = lp_TV.gather(1, r.ids_T[:, None])[:, 0] + 0.4 * torch.randn(len(r.ids_T), generator=g)
+
+
+def pg_by_hand(run, rollouts, advantage):
+    """CaMOPD eq. 2 by autograd: the mean over rollouts and tokens of -w A log p(y). advantage(r, lp, lq)"""
+    loss, n = 0, len(rollouts)
+    for r in rollouts:
+        at = lambda model: dense(model, r.prompt["prompt"], r.ids_T).gather(1, r.ids_T[:, None])[:, 0]
+        lp = at(run.student)
+        w = (lp - r.logp_T).exp().detach()
+        w = torch.where((w >= 0.5) & (w <= 2), w, 0.0)
+        loss = loss - (w * advantage(r, lp.detach(), at).detach() * lp).mean() / n
+    return loss
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+@pytest.mark.parametrize("given", [dict(reward_weight=0.7), dict(advantage_clip=0.5),
+                                   dict(reward_weight=0.7, advantage_clip=0.5)], ids=str)
+@pytest.mark.parametrize("method", ["opd", "mopd"])
+def test_the_advantage_is_the_clipped_gap_and_the_weighted_reward(start, method, given, micro_tokens):
+    """A = clip(gap) + alpha (r - the mean of the prompt's rollouts), a dropped one's r in the mean too."""
+    run = double(start(method=method, loss="pg", rollouts=4, batch=2, micro_tokens=micro_tokens, **given))
+    jobs = next(run.jobs())
+    job, = jobs
+    scattered(run, jobs)
+    job.weights = [1.0] * 8
+    job.weights[2] = 0.0
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    clip, kept = given.get("advantage_clip", 1e9), job.rollouts[:2] + job.rollouts[3:]
+
+    def advantage(r, lp, at):
+        gap = at(run.teacher) - lp
+        assert (gap.abs() > 0.5).any() or len(gap) < 4
+        return gap.clamp(-clip, clip) + given.get("reward_weight", 0) * (r.reward - 2.25 / 4)
+    loss = pg_by_hand(run, kept, advantage)
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25])
+def test_exopd_has_the_advantage_of_the_paper(start, scale):
+    """A = lambda log q/r - log p/r, r the student as it started, all at the temperature of the loss."""
+    run = double(start(method="exopd", exopd_lambda=scale, batch=4))
+    reference = run.self_teacher(run.student)
+    reference.net.double()
+    reference.dtype = torch.float64
+    with torch.no_grad():
+        for parameter in run.student.net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    jobs = next(run.jobs())
+    scattered(run, jobs)
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    loss = pg_by_hand(run, jobs[0].rollouts, lambda r, lp, at: (
+        scale * (at(run.teacher) - at(reference)) - (lp - at(reference))))
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert (ours - gradients(run.student)).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_exopd_that_does_not_extrapolate_is_mopd(start):
+    """To the last bit."""
+    runs = [start(method="mopd", lr=1e-3), start(method="exopd", lr=1e-3, exopd_lambda=1),
+            start(method="exopd", lr=1e-3)]
+    for run in runs:
+        opd.train(run)
+    mopd, same, beyond = (parameters(run.student) for run in runs)
+    assert torch.equal(mopd, same) and not torch.equal(mopd, beyond)
+
+
+@pytest.mark.parametrize("method, given", [
+    ("opd", dict(loss="rkl")), ("mopd", {}), ("grpo", dict(rollouts=4, batch=2)),
+    ("opd", dict(loss="fkl", drop_cut=True, loss_temperature=1.5, batch=16, max_new_tokens=30))], ids=str)
+def test_the_kl_anchor_is_added_to_the_loss_and_halves_nothing(start, method, given):
+    """The gradient is the method's own plus beta times that of KL(p || start), means over the same rollouts."""
+    run = double(start(method=method, kl_weight=0.3, **given))
+    reference, temperature = run.self_teacher(run.student), run.cfg.loss_temperature
+    reference.net.double()
+    reference.dtype = torch.float64
+    with torch.no_grad():
+        for parameter in run.student.net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    jobs = next(run.jobs())
+    own, anchor = jobs
+    if method == "grpo":
+        own.weights = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]     # those without an advantage are anchored, too
+    own_value, ours = accumulate(run, [own]), gradients(run.student)
+    value, both = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    kept = [r for r, cut in zip(own.rollouts, own.cut) if not (cut and run.cfg.drop_cut)]
+    assert 0 < len(kept) and bool(run.cfg.drop_cut) == (len(kept) < len(own.rollouts))
+    loss = 0
+    for r in kept:
+        lp, lr = (torch.log_softmax(dense(model, r.prompt["prompt"], r.ids_T) / temperature, -1)
+                  for model in (run.student, reference))
+        loss = loss + 0.3 * (lp.exp() * (lp - lr.detach())).sum(-1).mean() / len(kept)
+    loss.backward()
+    assert loss > 1e-3 and value - own_value == pytest.approx(loss.item(), rel=1e-5)
+    assert (both - ours - gradients(run.student)).abs().max() < 1e-5 * gradients(run.student).abs().max()
+
+
+def test_the_anchor_has_its_own_line_of_statistics_and_weighs_as_much_as_said(start, prompts, models):
+    """What a step says is of the method; a heavy anchor keeps the student where it is; a context is not for it."""
+    flags = dict(method="opd", lr=1e-3, steps=4, prompts=[prompts("told", told_rows())])
+    free, light, heavy = (start(**flags, **more) for more in ({}, dict(kl_weight=0), dict(kl_weight=100)))
+    before = parameters(free.student)
+    for run in (free, light, heavy):
+        opd.train(run)
+    assert torch.equal(parameters(free.student), parameters(light.student)) and light.self_teachers == [None]
+    first = metrics(heavy)[0]
+    assert {name: first[name] for name in ("value", "entropy_s", "gap", "tokens")} == {
+        name: metrics(free)[0][name] for name in ("value", "entropy_s", "gap", "tokens")}
+    anchors = [line["branches"]["main, anchor"]["value"] for line in metrics(heavy)]
+    assert abs(anchors[0]) < 1e-5 < max(anchors)                # it starts where it started
+    rollouts = [json.loads(line) for line in (heavy.out / "samples.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 4 * 2                               # --log_samples a step, each once
+    start_of = heavy.self_teacher(heavy.student)
+    far = lambda run: sum((lp_T - lr_T).abs().sum() for lp_T, lr_T in zip(*[
+        model.log_probs([run.student.encode(row["prompt"]) for row in WORD_ROWS],
+                        [torch.arange(5, 11)] * len(WORD_ROWS), 1000) for model in (run.student, start_of)]))
+    assert far(heavy) < 0.7 * far(free)
+
+
+# ---- token weights -----------------------------------------------------------------------------------------
+
+def entropy(lp_TV):
+    return -(lp_TV.exp() * lp_TV).sum(-1)
+
+
+def kl(lp_TV, lq_TV):
+    return (lp_TV.exp() * (lp_TV - lq_TV)).sum(-1)
+
+
+def both(run, r, temperature=1.0):
+    """log p and log q [T, V] at every token of a rollout, from the logits of transformers itself."""
+    return [torch.log_softmax(dense(model, r.prompt["prompt"], r.ids_T) / temperature, -1)
+            for model in (run.student, run.teacher)]
+
+
+def by_definition(name, pairs, knob):
+    """The weights of the rollouts' tokens as the table in methods/token_weights.py says, token by token."""
+    h = [entropy(lp) for lp, _ in pairs]
+    if name == "eopd":
+        return [torch.ones(len(lp)) for lp, _ in pairs]
+    if name == "prefix":
+        return [torch.tensor([len(lp) / min(knob, len(lp)) * (t < knob) for t in range(len(lp))])
+                for lp, _ in pairs]
+    if name == "selectkd":
+        accepted = [[lp[t].argmax() in lq[t].topk(int(knob)).indices for t in range(len(lp))]
+                    for lp, lq in pairs]
+        return [torch.tensor([1.0 if yes else 0.01 for yes in some]) for some in accepted]
+    if name == "tip":
+        every = torch.cat(h).sort().values
+        top = every[math.ceil(0.98 * len(every)) - 1]
+        low, d = every[0], [kl(lp, lq) for lp, lq in pairs]
+        least, most = min(x.min() for x in d), max(x.max() for x in d)
+        unit = [(h_T.clamp(max=top) - low) / (top - low) for h_T in h]
+        other = [(d_T - least) / (most - least) for d_T in d]
+        h = [1 - (1 - a) * (1 - b) for a, b in zip(unit, other)]
+    out = []
+    for score in h:
+        count = max(int(knob * len(score)), 1)
+        bar = score.sort(descending=True).values[count - 1]
+        out.append((score >= bar) * (len(score) / count))
+    return out
+
+
+def lively(run, count=6):
+    """Rollouts of different lengths, as if sampled."""
+    g = torch.Generator().manual_seed(3)
+    rows = run.prompts["main"]
+    return [run.rollout(rows[i % len(rows)], torch.randint(3, run.student.vocab, (2 + 2 * i,), generator=g),
+                        logp_T=torch.full((2 + 2 * i,), -4.0)) for i in range(count)]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+@pytest.mark.parametrize("loss", ["rkl", "pg"])
+@pytest.mark.parametrize("name, knob", [("entropy", None), ("tip", None), ("tip", 0.2), ("selectkd", 20),
+                                        ("prefix", 3), ("eopd", None)])
+def test_the_gradient_has_the_weights_of_the_table(start, name, knob, loss, micro_tokens):
+    """Of the loss by autograd on whole logits, at another temperature, and eopd's second term."""
+    run = double(start(loss=loss, token_weight=name, token_knob=knob or [], loss_temperature=1.5,
+                       micro_tokens=micro_tokens, importance=[0, 1e9] if loss == "pg" else []))
+    job = Job(run.student, run.teacher, lively(run), run.objective)
+    pairs = [[x.detach() for x in both(run, r, 1.5)] for r in job.rollouts]
+    if name == "eopd":                                          # half of the 42 tokens are above it
+        run.cfg.token_knob = knob = torch.cat([entropy(lq) for _, lq in pairs]).sort().values[20:22].mean().item()
+    jobs = [job, *weigh_tokens(run, [job])]
+    value, ours = accumulate(run, jobs), gradients(run.student)
+    run.student.net.zero_grad()
+    weights, loss_of_all, opened = by_definition(name, pairs, knob or RULES[name].knob), 0, 0
+    unlike = 0
+    for r, w_T in zip(job.rollouts, weights):
+        lp, lq = both(run, r, 1.5)
+        lq = lq.detach()
+        if loss == "pg":
+            at = lambda x: x.gather(1, r.ids_T[:, None])[:, 0]
+            value_T = -((at(lp) - r.logp_T).exp() * (at(lq) - at(lp))).detach() * at(lp)
+        else:
+            value_T = kl(lp, lq)
+        loss_of_all = loss_of_all + (w_T * value_T).mean() / len(job.rollouts)
+        if name == "eopd":
+            sixteen = lq >= lq.topk(16).values[:, -1:]
+            more_T = (lq.exp() * (lq - lp) * sixteen).sum(-1)
+            gate_T = (entropy(lq) > knob).double()
+            opened += gate_T.sum().item()
+            other = (entropy(lp) > knob).double()
+            unlike += (gate_T != other).sum().item()
+            loss_of_all = loss_of_all + (gate_T * more_T).mean() / len(job.rollouts)
+    loss_of_all.backward()
+    exact = gradients(run.student)
+    if name == "eopd":
+        assert opened == 21 and unlike > 2
+    elif name == "selectkd":
+        assert {0.01, 1.0} == {round(w, 2) for w_T in weights for w in w_T.tolist()}
+    else:
+        assert any((w_T == 0).any() for w_T in weights)
+    assert value == pytest.approx(loss_of_all.item(), rel=1e-5)
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_tip_finds_the_sure_and_wrong_tokens_that_entropy_does_not_see():
+    """A token at which the student is certain and the teacher disagrees: TIP's blind spot of entropy."""
+    h, d = torch.tensor([2.0, 1.9, 0.0, 0.0]), torch.tensor([0.1, 0.1, 9.0, 0.0])
+    found = [dict(entropy_s=h, value=d)]
+    assert RULES["entropy"].weigh(found, 0.5)[0].tolist() == [2, 2, 0, 0]
+    assert RULES["tip"].weigh(found, 0.5)[0].tolist() == [2, 0, 2, 0]
+    short = [dict(entropy_s=h[:1], value=d[:1]), *found]
+    assert [w_T.sum().item() for w_T in RULES["tip"].weigh(short, 0.3)] == [1, 4]   # a rollout keeps its weight
+
+
+def test_token_weights_and_the_methods_own_are_factors(start):
+    """camopd's dropped rollouts are not even read, and its scale stays."""
+    run = start(method="camopd", token_weight="prefix", token_knob=2, scale=3, mass=0.5, schedule="1",
+                rollouts=2, max_new_tokens=8)
+    plain = start(method="camopd", scale=3, mass=0.5, schedule="1", rollouts=2, max_new_tokens=8)
+    (ours,), (theirs,) = next(run.jobs()), next(plain.jobs())
+    kept = 0
+    for w_T, w, r in zip(ours.weights, theirs.weights, ours.rollouts):
+        kept += bool(w)
+        expected = [float(w) * len(r.ids_T) / min(2, len(r.ids_T)) * (t < 2) for t in range(len(r.ids_T))]
+        assert torch.as_tensor(w_T).expand(len(r.ids_T)).tolist() == pytest.approx(expected)
+    assert 0 < kept < len(ours.rollouts)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("method", ["opd", "mopd", "camopd"])
+def test_methods_train_with_every_token_weight_beside_the_other_terms(start, method, name):
+    """Nothing is counted twice, and what a step says is of the method's own Jobs."""
+    flags = dict(method=method, token_weight=name, rollouts=2, batch=2, steps=2, drop_cut=True,
+                 max_new_tokens=40)
+    flags |= {"camopd": dict(schedule="1"), "mopd": dict(kl_weight=0.1, loss="rkl"),
+              "opd": dict(kl_weight=0.1, loss="pg", reward_weight=1)}[method]
+    run = start(**flags)
+    opd.train(run)
+    for line in metrics(run):
+        assert line["rollouts"] == 4 and math.isfinite(line["loss"])
+        names = {name.partition(", ")[2] for name in line.get("branches", {})}
+        assert names - {""} == ({"eopd"} if name == "eopd" else set()) | (
+            {"anchor"} if method != "camopd" else set())

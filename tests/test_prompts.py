@@ -125,6 +125,10 @@ REFUSED = [         # the rule that is broken (None: whichever), the row, flags,
     ("fields", {}, SFT, 'no "solution", which --method sft learns from'),
     ("fields", dict(solution=5), SFT, '"solution", which --method sft learns from, is text, not'),
     ("fields", {}, dict(method="grpo"), 'no "answer", which --method grpo needs for its rewards'),
+    ("fields", dict(teacher_prompt="Hi", solution="5"), SFT, 'a "teacher_prompt", but --method sft has no'),
+    ("user", dict(teacher_prompt=" "), {}, "the user says nothing"),
+    ("template", dict(teacher_prompt=[FACTS[1], user("Hi")]), dict(teacher=STRICT), "leaves out the text"),
+    ("length", dict(teacher_prompt=LONG), dict(teacher=dict(positions=64)), "64 positions"),
     ("user", [user("Hi"), assistant("Hello.")], {}, "message is of role 'assistant', not of the user"),
     ("user", FACTS[:1], {}, "the last message is of role 'system', not of the user"),
     ("user", " \n", {}, "the user says nothing"),
@@ -329,6 +333,37 @@ def test_a_teacher_writes_after_the_prompt_in_its_own_options(start, bare, promp
     job, = next(run.jobs())
     assert run.student.tok.decode(asked[0]).endswith("assistant\n<think>\n\n</think>\n\n")
     assert run.student.tok.decode(job.rollouts[0].prompt_ids).endswith("assistant\n")
+
+
+@pytest.mark.parametrize("prompt, student, seen", [
+    ("What is 2?", CHATML, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat is 2?<|im_end|>"),
+    ([FACTS[1], user("2?")], CHATML, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>developer\nBe brief."),
+    ([FACTS[0] | {"content": "Be brief."}, user("2?")], CHATML,
+     "<|im_start|>system\nBe kind.\n\nBe brief.<|im_end|>\n<|im_start|>user\n2?<|im_end|>"),
+    ("What is 2?", None, "Be kind.\n\nWhat is 2?")], ids=short)
+@pytest.mark.parametrize("method", ["opd", "context"])
+def test_the_text_of_teacher_system_is_in_what_the_teacher_sees_alone(checked, tmp_path, method, prompt, student,
+                                                                      seen):
+    """As a system message, together with one that is there; of a base model before the text."""
+    (tmp_path / "kind.txt").write_text("\nBe kind.\n")
+    assert checked([dict(prompt=prompt)], student=student, teacher=student, method=method,
+                   teacher_system=tmp_path / "kind.txt") == ""
+    run = checked.run
+    ours, theirs = map(run.student.tok.decode, run.views(run.prompts["main"][0]))
+    assert theirs.startswith(seen) and "Be kind." not in ours
+    assert theirs.endswith(ours.removeprefix("<|im_start|>system\nBe brief.<|im_end|>\n"))
+
+
+def test_a_teachers_own_prompt_is_checked_for_the_self_teacher_too(checked, prompts):
+    rows = [dict(prompt="Hi", teacher_prompt=[FACTS[1], user("Hi")])]
+    flags = dict(method="context", teacher_system=[])
+    assert checked(rows, **flags) == ""
+    assert checked(rows, student=STRICT, **flags).startswith(f"{checked.path}:1: the chat template")
+    e = prompts("e", [dict(answer="5") | rows[0]])              # of evaluation no teacher sees it
+    assert checked([GOOD], student=STRICT, eval_prompts=[f"e={e}"], **SFT) == ""
+    assert "teacher_prompt" not in checked.run.evals["e"][0]
+    long = [dict(prompt="Hi", teacher_prompt=LONG)]
+    assert "as the self-teacher reads them" in checked(long, student=dict(positions=64), **flags)
 
 
 # ---- long prompts, cut completions -------------------------------------------------------------------------
