@@ -141,7 +141,7 @@ def backward(run, job, weights):
     lengths = {i: len(job.rollouts[i].prompt_ids) + len(job.rollouts[i].ids_T) for i in kept}
     head_t_VH = teacher.head_VH.detach().to(learner.device) if objective.divergence else None
     kind = dict(divergence=objective.divergence, knob=objective.knob, target=objective.target,
-                support=objective.support, top_k=objective.top_k)
+                support=objective.support, top_k=objective.top_k, entry_clip=objective.entry_clip)
     note = job.lp is None and gap_is_free(run, objective, [weights[i] for i in kept])
     total, collected, noted = 0.0, {}, []
     for group in micro_batches(lengths, run.cfg.micro_tokens):
@@ -548,7 +548,8 @@ class Run:
             done = min(self.state["step"] / (self.total - 1), 1.0)
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
-                       top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
+                       top_k=cfg.top_k, support=cfg.support, entry_clip=cfg.entry_clip or None,
+                       target=target_at(cfg.target, start, done),
                        importance=tuple(cfg.importance), cap=getattr(cfg, "importance_cap", None) or None,
                        ce=getattr(cfg, "ce_weight", 0.0))
 

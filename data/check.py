@@ -80,11 +80,12 @@ def check_prompts(run):
 
 def check_options(run):
     """Refuse an option that no chat template reads: it is misspelt, and would change nothing."""
-    cfg, own = run.cfg, run.self_teachers if hasattr(run.cfg, "templates") else []
-    teachers = [*run.teachers.values(), *own]
+    cfg, oneself = run.cfg, run.self_teachers if hasattr(run.cfg, "templates") else []
+    teachers = [*run.teachers.values(), *oneself]
+    own = run.method.defaults.get("teacher_chat_template_kwargs") or {}     # read where a template can
     for flag, readers in (("chat_template_kwargs", [*run.students, *teachers]),
                           ("teacher_chat_template_kwargs", teachers)):
-        if flag[0] == "t" and getattr(cfg, flag) == cfg.chat_template_kwargs:       # the default
+        if flag[0] == "t" and getattr(cfg, flag) == cfg.chat_template_kwargs | own:     # the default
             continue
         names = {name for reader in readers for name in reader.variables}
         for option in getattr(cfg, flag):
