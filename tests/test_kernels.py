@@ -275,10 +275,10 @@ def test_a_broken_logit_is_not_hidden(backend, name, support, clip, whose):
 
 def test_gradcheck_and_backward_twice():
     c = case(torch.float64, n=4, vocab=23)
-    for support, k in (("full", None), ("student_tail", 9)):
+    for support, k, clip in (("full", None, None), ("union_sg", 9, 0.02), ("student_tail", 9, None)):
         f = lambda x, w: linear_divergence(
             x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd", labels_N=c["labels"],
-            support=support, top_k=k, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
+            support=support, top_k=k, entry_clip=clip, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
         assert torch.autograd.gradcheck(f, (c["hidden_s"], c["head_s"]))
     loss = f(c["hidden_s"], c["head_s"])
     first = torch.autograd.grad(loss, c["head_s"], retain_graph=True)[0]
