@@ -309,12 +309,17 @@ FLAGS = {
                           only=(lambda c: c.target == "veto", "--target veto")),
         "taid_start": Flag(0.4, "taid: the teacher's share at the first step, 1 at the last", SHARE,
                            only=(lambda c: c.target == "taid", "--target taid")),
-        "support": Flag("full", "which entries count: all, or the --top_k largest of student or teacher; "
-                        "what becomes of the others: raw and sg nothing (sg without the gradient of the kept "
-                        "mass), renorm they have no probability, tail they are one more entry; 2605.11182",
+        "support": Flag("full", "which entries count: all, or the --top_k largest of student, teacher, both "
+                        "(intersection) or either (union); what becomes of the others: raw and sg nothing "
+                        "(sg without the gradient of the kept mass), renorm they have no probability, tail "
+                        "they are one more entry; 2605.11182",
                         OneOf(*SUPPORTS), only=(has_divergence, "a divergence as --loss")),
         "top_k": Flag(None, "entries of a --support", COUNT,
                       only=(lambda c: c.support != "full", "a --support other than full")),
+        "entry_clip": Flag(0.0, "the most that a vocabulary's entry adds to the divergence, in nats; 0 = no "
+                           "limit; OPSD 2601.18734", NOT_NEGATIVE, shown="C",
+                           only=(lambda c: has_divergence(c) and DIVERGENCES[c.loss].elementwise,
+                                 "a divergence other than akl as --loss")),
         "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
                           "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
         "kl_weight": Flag(0.0, "weight of KL(p || the student as it started) beside the loss, at every "
@@ -542,6 +547,8 @@ def in_words(value):
         return ""
     if isinstance(value, (list, tuple)):
         return " ".join(in_words(x) for x in value)
+    if isinstance(value, dict):
+        return json.dumps(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -623,13 +630,11 @@ def complete_objective(cfg, given, method):
     if not cfg.importance[0] < cfg.importance[1] or not cfg.importance[0] <= 1 <= cfg.importance[1]:
         raise Refused(f"--importance {cfg.importance[0]} {cfg.importance[1]}: LOW must be below HIGH, and 1, "
                       "the ratio of a sampler that is the student, between them")
+    for flag in ("support", "top_k", "entry_clip"):         # the method's own defaults are for its own loss
+        if flag not in given and not GENERAL[flag].only[0](cfg):
+            setattr(cfg, flag, GENERAL[flag].default)
     if not has_divergence(cfg):
-        for flag in ("support", "top_k"):                   # the method's own defaults are for a divergence
-            if flag not in given:
-                setattr(cfg, flag, GENERAL[flag].default)
         return
-    if cfg.support == "full" and "top_k" not in given:
-        cfg.top_k = None                                    # the method's own default is for its own support
     try:
         lookup(cfg.loss, knob(cfg))
         if "top_k" not in given or cfg.support != "full":   # otherwise check_effects has the better message
@@ -721,8 +726,9 @@ def complete_machine(cfg, method):
     if cfg.teacher_device == "cpu" != cfg.device and shared:
         raise Refused("--teacher_device cpu: a self-teacher shares the student's network; choose cuda or "
                       "swap, or --self_teacher frozen")
-    if cfg.teacher_chat_template_kwargs is None:
-        cfg.teacher_chat_template_kwargs = cfg.chat_template_kwargs
+    own = method.defaults.get("teacher_chat_template_kwargs")
+    if cfg.teacher_chat_template_kwargs is own:             # not given
+        cfg.teacher_chat_template_kwargs = cfg.chat_template_kwargs | (own or {})
     if (cfg.lora_rank or getattr(cfg, "teacher_rank", 0)) and not find_spec("peft"):
         raise Refused(f"--{'lora' if cfg.lora_rank else 'teacher'}_rank needs peft: pip install peft")
     cfg.lr = cfg.lr or (1e-4 if cfg.lora_rank else 1e-5)

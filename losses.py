@@ -36,11 +36,18 @@ tokens it is a policy gradient. (Of REDistill, a paper on image classification, 
 **The target**, `--target`: the `teacher`; `veto`, q p^beta renormalised, with beta falling to 0 (2601.07155);
 `taid`, a mixture of both models' logits that ends at the teacher (2501.16937, without its adaptive pace).
 
-**The support**, `--support`: `full`, or the `--top_k` largest entries of `student_*` or `teacher_*`. The
-others count for nothing (`*_raw`), for nothing and without the gradient of the kept mass (`*_sg`), have no
-probability (`*_renorm`), or are one more entry (`*_tail`). This follows "The Many Faces of OPD", 2605.11182,
-but the entries are chosen at every update, not once at the rollout. `*_sg` is that paper's for `rkl`; for
-other divergences it is our generalisation.
+**The support**, `--support`: `full`, or the `--top_k` largest entries of `student_*`, of `teacher_*`, of both
+at once (`intersection_*`), or of either (`union_*`). The others count for nothing (`*_raw`), for nothing and
+without the gradient of the kept mass (`*_sg`), have no probability (`*_renorm`), or are one more entry
+(`*_tail`). This follows "The Many Faces of OPD", 2605.11182; `*_sg` is that paper's for `rkl`, for other
+divergences our generalisation. Its default, the student's top 20 with both sides renormalised and log p
+without gradient, is `--loss rkl --support student_renorm --top_k 20`: after renormalising, the gradient that
+it stops is 0. It fixes the entries at the rollout, we choose them at the update; in a loop that makes one
+update of every batch both are the same student (a test holds the entries to that).
+
+**The clip**, `--entry_clip C`: every entry that counts adds at most C to the value, min(value, C), and one
+that is cut off has no slope. OPSD, 2601.18734, for `fkl`; an option of every divergence but `akl`. It comes
+after the support: renormalised entries and the tail, one entry, are clipped as they are.
 
 To add a divergence: one function here with the name of its knob, and the same lines in
 kernels/rows_triton.py. The command line, the other backends and the parametrised tests pick it up. This file
@@ -233,7 +240,7 @@ def target_at(name, start, done):
             "taid": (start + (1 - start) * done, (1 - start) * (1 - done))}[name]
 
 
-SUPPORTS = ("full", *(f"{whose}_{form}" for whose in ("student", "teacher")
+SUPPORTS = ("full", *(f"{whose}_{form}" for whose in ("student", "teacher", "intersection", "union")
                       for form in ("raw", "sg", "renorm", "tail")))
 
 
@@ -242,12 +249,27 @@ def top_entries(logits_NV, k):
     return logits_NV >= logits_NV.topk(min(k, logits_NV.shape[-1]), -1).values[..., -1:]
 
 
+def support_entries(whose, k, z_NV, w_NV):
+    """Return a boolean [N, V]: the entries that count, of student, teacher, their intersection or union."""
+    if whose in ("student", "teacher"):
+        return top_entries(z_NV if whose == "student" else w_NV, k)
+    both = top_entries(z_NV, k), top_entries(w_NV, k)
+    return both[0] & both[1] if whose == "intersection" else both[0] | both[1]
+
+
 def restrict(logits_NV, keep_NV):
     """Return logits with no probability outside `keep_NV`."""
     return logits_NV.masked_fill(~keep_NV, MASKED)
 
 
-def total(name, knob, lp, lq, p, q, keep=None, form=None):
+def clipped(value, slope, clip):
+    """Return min(value, clip) of every entry, and its slope, 0 where that is cut off. OPSD, 2601.18734."""
+    if clip is None:
+        return value, slope
+    return value.clamp(max=clip), slope.masked_fill(value > clip, 0.0)
+
+
+def total(name, knob, lp, lq, p, q, keep=None, form=None, clip=None):
     """Return (value_N, slope_NV) of a divergence from the log-probabilities of a support's entries.
 
     keep None: the full vocabulary, or renormalised logits. Otherwise the top-k entries count, and `form` says
@@ -256,18 +278,22 @@ def total(name, knob, lp, lq, p, q, keep=None, form=None):
     raw    nothing. At p = q the gradient is not 0 but c times that of the kept mass, c as in `mass_slope`
     sg     nothing, and the slope loses that c p: for rkl, sum p (sg[lp] - lq)
     tail   they are one more entry, with the sum of their probabilities
+
+    clip: the most that an entry adds to the value, after all this; None: as much as it has.
     """
     divergence_of = DIVERGENCES[name].formula
     value, slope = divergence_of(lp, lq, p, q, knob)
-    if keep is None:
-        return value.sum(-1), slope
     if form == "sg":
         c = mass_slope(name, knob)
         value, slope = value - c * (p - p.detach()), slope - c * p
+    value, slope = clipped(value, slope, clip)
+    if keep is None:
+        return value.sum(-1), slope
     value, slope = (value * keep).sum(-1), slope * keep
     if form == "tail":
         lp_tail, lq_tail = (torch.logsumexp(x.masked_fill(keep, MASKED), -1, keepdim=True) for x in (lp, lq))
-        value_tail, slope_tail = divergence_of(lp_tail, lq_tail, lp_tail.exp(), lq_tail.exp(), knob)
+        value_tail, slope_tail = clipped(
+            *divergence_of(lp_tail, lq_tail, lp_tail.exp(), lq_tail.exp(), knob), clip)
         value = value + value_tail[..., 0]
         slope = torch.where(keep, slope, slope_tail * (lp - lp_tail).exp())
     return value, slope
@@ -279,8 +305,8 @@ def mass_slope(name, knob):
     return DIVERGENCES[name].formula(zero, zero, one, one, knob)[1].item()
 
 
-def check_support(name, support, top_k):
-    """Refuse a support that does not exist, lacks its top_k, or that the divergence cannot use."""
+def check_support(name, support, top_k, entry_clip=None):
+    """Refuse a support or a clip that does not exist, lacks its top_k, or that the divergence cannot use."""
     if support not in SUPPORTS:
         raise ValueError(f"unknown support {support!r}; there are: {', '.join(SUPPORTS)}")
     fits = top_k is None if support == "full" else isinstance(top_k, int) and top_k >= 1
@@ -289,41 +315,46 @@ def check_support(name, support, top_k):
                          "whole number of at least 1, and 'full' has none")
     if support != "full" and not DIVERGENCES[name].elementwise:
         raise ValueError(f"{name} needs the full vocabulary, not support {support!r}")
+    if entry_clip is not None and not 0 < entry_clip < float("inf"):
+        raise ValueError(f"entry_clip {entry_clip} is not a finite number above 0; None is no clip")
+    if entry_clip is not None and not DIVERGENCES[name].elementwise:
+        raise ValueError(f"{name} weighs the entries of a token together, and cannot clip single ones")
 
 
 def divergence(z_NV, w_NV, name, *, knob=None, temperature=1.0, target=(1.0, 0.0), support="full",
-               top_k=None):
+               top_k=None, entry_clip=None):
     """Return the divergence of softmax(z / temperature) from the target, per token: the dense reference.
 
     z_NV: the student's logits, any float dtype (float64 stays float64); differentiable in z only.
     w_NV: the teacher's logits. target (a, b): they become a * w + b * sg(z) first. Both are floored at FLOOR;
     a student's logit below it has no gradient.
-    support, top_k: which entries count; the top k are of the logits z or w.
+    support, top_k: which entries count; the top k are of the logits z or w, or of each.
+    entry_clip: the most that one of them adds, in nats; None: no limit.
     Returns value_N in nats. Materialises several [N, V] tensors: use kernels.linear_divergence to train.
     """
     _, knob = lookup(name, knob)
-    check_support(name, support, top_k)
+    check_support(name, support, top_k, entry_clip)
     whose, _, form = support.partition("_")
     z_NV, w_NV = z_NV.clamp(min=FLOOR), w_NV.detach().clamp(min=FLOOR)
-    keep = None if support == "full" else top_entries(z_NV.detach() if whose == "student" else w_NV, top_k)
+    keep = None if support == "full" else support_entries(whose, top_k, z_NV.detach(), w_NV)
     z, w = z_NV / temperature, mix(z_NV.detach(), w_NV, target) / temperature
     if form == "renorm":
         z, w, keep = restrict(z, keep), restrict(w, keep), None
     lp, lq = torch.log_softmax(z, -1), torch.log_softmax(w, -1)
-    return total(name, knob, lp, lq, lp.exp(), lq.exp(), keep, form)[0]
+    return total(name, knob, lp, lq, lp.exp(), lq.exp(), keep, form, entry_clip)[0]
 
 
 @dataclass(frozen=True)
 class Objective:
     """What a Job minimises, token by token. Exactly one of `divergence` and `label` is set.
 
-    divergence   a name in DIVERGENCES, with its knob, target, support and top_k
+    divergence   a name in DIVERGENCES, with its knob, target, support, top_k and entry_clip
     label        "nll": -log p(y), maximum likelihood on the tokens as they are
                  "pg":  -w A log p(y) with A = sg[lq(y) - lp(y)] and the weight w of `importance_weight`: the
                  sampled-token reverse KL as a policy gradient. CaMOPD, 2605.27115, eq. 1-2.
     temperature  divides both models' logits in the loss (nothing to do with the sampling temperature)
     importance   (low, high) bounds of the importance weight of "pg"
-    clip         the gap counts in the advantage of "pg" as at most so much, either way; None: as it is
+    advantage_clip  the gap counts in the advantage of "pg" as at most so much, either way; None: as it is
     reward       weight alpha of the reward in it: A = gap + alpha (r - the mean r of the prompt's rollouts)
     cap          of `truncated_importance`, by which weights are multiplied for every loss but pg; None: they
                  are not
@@ -336,8 +367,9 @@ class Objective:
     target: tuple = (1.0, 0.0)
     support: str = "full"
     top_k: int | None = None
+    entry_clip: float | None = None
     importance: tuple = (0.5, 2.0)
-    clip: float | None = None
+    advantage_clip: float | None = None
     reward: float = 0.0
     cap: float | None = None
     ce: float = 0.0

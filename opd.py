@@ -145,7 +145,7 @@ def backward(run, job, weights):
     lengths = {i: len(job.rollouts[i].prompt_ids) + len(job.rollouts[i].ids_T) for i in kept}
     head_t_VH = teacher.head_VH.detach().to(learner.device) if objective.divergence else None
     kind = dict(divergence=objective.divergence, knob=objective.knob, target=objective.target,
-                support=objective.support, top_k=objective.top_k)
+                support=objective.support, top_k=objective.top_k, entry_clip=objective.entry_clip)
     note = job.lp is None and gap_is_free(run, objective, [weights[i] for i in kept])
     total, collected, noted = 0.0, {}, []
     for group in micro_batches(lengths, run.cfg.micro_tokens):
@@ -284,7 +284,7 @@ def correction(job, group, hidden_NH):
         # compared with all rollouts of the prompt, whatever the micro-batch and the weights are
         rewards = advantages(job.rollouts) if objective.reward else [0.0] * len(job.rollouts)
         return torch.cat([policy_gradient_weight(job.lq[i] - job.lp[i], job.lp[i], job.rollouts[i].logp_T,
-                                                 objective.importance, objective.clip,
+                                                 objective.importance, objective.advantage_clip,
                                                  objective.reward * rewards[i]) for i in group])
     if not objective.cap or all(r.logp_T is None for r in rollouts):
         return 1
@@ -563,9 +563,9 @@ class Run:
             done = min(self.state["step"] / (self.total - 1), 1.0)
         start = cfg.taid_start if cfg.target == "taid" else cfg.veto_beta
         return replace(LOSSES[cfg.loss], temperature=cfg.loss_temperature, knob=config.knob(cfg),
-                       top_k=cfg.top_k, support=cfg.support, target=target_at(cfg.target, start, done),
-                       importance=tuple(cfg.importance), clip=cfg.advantage_clip,
-                       reward=getattr(cfg, "reward_weight", 0.0),
+                       top_k=cfg.top_k, support=cfg.support, entry_clip=cfg.entry_clip or None,
+                       target=target_at(cfg.target, start, done), importance=tuple(cfg.importance),
+                       advantage_clip=cfg.advantage_clip, reward=getattr(cfg, "reward_weight", 0.0),
                        cap=getattr(cfg, "importance_cap", None) or None,
                        ce=getattr(cfg, "ce_weight", 0.0))
 

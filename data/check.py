@@ -85,11 +85,11 @@ def check_options(run):
     """Refuse an option that no chat template reads: it is misspelt, and would change nothing."""
     cfg = run.cfg
     sees_more = hasattr(cfg, "templates") or hasattr(cfg, "self_teacher") and hasattr(cfg, "teacher_system")
-    own = run.self_teachers if sees_more else []
-    teachers = [*run.teachers.values(), *own]
+    teachers = [*run.teachers.values(), *(run.self_teachers if sees_more else [])]
+    own = run.method.defaults.get("teacher_chat_template_kwargs") or {}     # read where a template can
     for flag, readers in (("chat_template_kwargs", [*run.students, *teachers]),
                           ("teacher_chat_template_kwargs", teachers)):
-        if flag[0] == "t" and getattr(cfg, flag) == cfg.chat_template_kwargs:       # the default
+        if flag[0] == "t" and getattr(cfg, flag) == cfg.chat_template_kwargs | own:     # the default
             continue
         names = {name for reader in readers for name in reader.variables}
         for option in getattr(cfg, flag):

@@ -26,8 +26,8 @@ BACKENDS = ("triton", "torch", "dense")
 
 def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=None, *, divergence="rkl",
                       knob=None, temperature=1.0, target=(1.0, 0.0), support="full", top_k=None,
-                      labels_N=None, label_weight_N=None, vocab=None, softcap_s=None, softcap_t=None,
-                      chunk_bytes=None, backend=None):
+                      entry_clip=None, labels_N=None, label_weight_N=None, vocab=None, softcap_s=None,
+                      softcap_t=None, chunk_bytes=None, backend=None):
     """Return the weighted sum of per-token divergences between two models' heads, and statistics.
 
     N is every position of the batch that counts, flattened; hidden state n is the one that predicts token n.
@@ -39,7 +39,9 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     divergence, knob, target                 a name in losses.DIVERGENCES, its knob, the target (losses.py)
     temperature                              divides both models' logits
     support, top_k                           a name in losses.SUPPORTS: "full" (all shared vocabulary entries
-                                             count), or the top_k largest logits of student_* or teacher_*
+                                             count), or the top_k largest logits of student_*, teacher_*, both
+                                             (intersection_*) or either (union_*)
+    entry_clip                               the most that an entry adds to the divergence; None = no limit
     labels_N [N] int64, label_weight_N [N]   adds sum_n label_weight_n * -log p(y_n); None = no such term
     vocab                                    number of shared ids; later columns are -inf and get no gradient
     softcap_s, softcap_t                     logits become c * tanh(logits / c) (Gemma 2)
@@ -53,11 +55,11 @@ def linear_divergence(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N=N
     skipped, whatever their label, and read 0 in stats.
     """
     _, knob = lookup(divergence, knob)
-    check_support(divergence, support, top_k)
+    check_support(divergence, support, top_k, entry_clip)
     return _loss(hidden_s_NH, head_s_VH, hidden_t_NH, head_t_VH, weight_N, labels_N, label_weight_N, backend,
                  divergence=divergence, knob=knob, temperature=temperature, target=target, vocab=vocab,
-                 support=support, top_k=top_k, softcap_s=softcap_s, softcap_t=softcap_t,
-                 chunk_bytes=chunk_bytes)
+                 support=support, top_k=top_k, entry_clip=entry_clip, softcap_s=softcap_s,
+                 softcap_t=softcap_t, chunk_bytes=chunk_bytes)
 
 
 def linear_logprob(hidden_NH, head_VH, labels_N, weight_N=None, *, temperature=1.0, vocab=None, softcap=None,
@@ -207,7 +209,8 @@ def _dense(hidden_s, head_s, hidden_t, head_t, weight, labels, label_weight, spe
             target = mix(z, w, spec.target)
             lq = torch.log_softmax(target / spec.temperature, -1)
         some["value"] = divergence(z, w, spec.divergence, knob=spec.knob, temperature=spec.temperature,
-                                   target=spec.target, support=spec.support, top_k=spec.top_k)
+                                   target=spec.target, support=spec.support, top_k=spec.top_k,
+                                   entry_clip=spec.entry_clip)
         some["entropy_t"] = torch.special.entr(lq.exp()).sum(-1)
         some["top1_agree"] = (z.argmax(-1) == target.argmax(-1)).to(work)
     if labels is not None:

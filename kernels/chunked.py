@@ -29,6 +29,7 @@ class Spec:
     target: tuple = (1.0, 0.0)
     support: str = "full"
     top_k: int | None = None
+    entry_clip: float | None = None
     softcap_t: float | None = None
 
     def stats(self, labels):

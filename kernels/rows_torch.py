@@ -4,7 +4,7 @@ It takes a few rows at a time, so that a block and its temporaries stay in a CPU
 """
 import torch
 
-from losses import FLOOR, mix, restrict, top_entries, total
+from losses import FLOOR, mix, restrict, support_entries, total
 
 BLOCK = {"cpu": 200_000, "gpu": 1 << 24}        # logits per block of rows
 
@@ -41,7 +41,7 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
     if w is not None:
         capped(w, spec.softcap_t, spec.temperature)
     if form:
-        keep = top_entries(z if whose == "student" else w, spec.top_k)
+        keep = support_entries(whose, spec.top_k, z, w)
     lp = torch.log_softmax(z, -1, out=z)
     p = lp.exp()
     stats["entropy_s"].copy_(torch.linalg.vecdot(p, lp)).neg_()
@@ -59,7 +59,7 @@ def block(z, w, weight, labels, label_weight, stats, spec, grad):
         if form == "renorm":
             lp, lq = (torch.log_softmax(restrict(x, keep), -1) for x in (lp, lq))
             among, q, keep = lp.exp(), lq.exp(), None
-        value, slope = total(spec.divergence, spec.knob, lp, lq, among, q, keep, form)
+        value, slope = total(spec.divergence, spec.knob, lp, lq, among, q, keep, form, spec.entry_clip)
         stats["value"].copy_(value)
         if grad:
             dz = torch.addcmul(slope, among, slope.sum(-1, keepdim=True), value=-1, out=z)

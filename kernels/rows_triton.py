@@ -3,7 +3,8 @@
 One program works on one row of logits, and sweeps over the vocabulary in blocks:
 
     1  to sum both log-partition functions, both entropies, and in the KL family the KLs themselves
-    2  to sum the value and the slopes where these need normalised log-probabilities (not in the KL family)
+    2  to sum the value and the slopes where these need normalised log-probabilities (not in the KL family,
+       unless entries are clipped or left out)
     3  to write the gradient weight * (slope - p * sum(slope)) / temperature in place of the student's logits
 
 Sums are kept per lane in a shifted online form: with m the running maximum and u = z - m, every sum over
@@ -144,12 +145,27 @@ def shifted(x, m):
 
 
 @triton.jit
-def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_slope,
-          FORMULA: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr):
+def counts(z, t, least_z, least_t, UNION: tl.constexpr):
+    """Return which entries are in the support. The top k of one model: every logit of the other is enough."""
+    return ((z >= least_z) | (t >= least_t)) if UNION else ((z >= least_z) & (t >= least_t))
+
+
+@triton.jit
+def clipped(value, slope, clip):
+    """Return the value, at most clip, and its slope, 0 where it is cut off: losses.clipped."""
+    if clip is not None:
+        slope = tl.where(value > clip, 0.0, slope)
+        value = tl.minimum(value, clip)
+    return value, slope
+
+
+@triton.jit
+def terms(z, t, w, columns, V, least_z, least_t, m_z, norm_z, m_w, norm_w, a, b, mass_slope, clip,
+          FORMULA: tl.constexpr, UNION: tl.constexpr, FORM: tl.constexpr):
     """Return the value, the slope, p, lp and whether the entry counts; p and lp are among those that do."""
     keep = columns < V
     if FORM != "full":
-        keep = keep & ((z if BY_STUDENT else t) >= threshold)
+        keep = keep & counts(z, t, least_z, least_t, UNION)
     if FORM == "renorm":
         z, w = tl.where(keep, z, MASKED), tl.where(keep, w, MASKED)
     lp, lq = z - m_z - norm_z, w - m_w - norm_w
@@ -157,38 +173,41 @@ def terms(z, t, w, columns, V, threshold, m_z, norm_z, m_w, norm_w, a, b, mass_s
     value, slope = FORMULA(lp, lq, p, tl.exp(lq), a, b)
     if FORM == "sg":
         slope -= mass_slope * p
+    value, slope = clipped(value, slope, clip)
     return tl.where(keep, value, 0.0), tl.where(keep, slope, 0.0), p, lp, keep
 
 
 @triton.jit
-def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, threshold_ptr,
+def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, least_z_ptr, least_t_ptr,
                value_ptr, entropy_s_ptr, entropy_t_ptr, top1_agree_ptr, logprob_s_ptr, logprob_t_ptr,
                stride, dz_stride, V, softcap_s, softcap_t, per_temperature, target_a, target_b, a, b,
-               mass_slope, FORMULA: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-               MIX: tl.constexpr, BY_STUDENT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+               mass_slope, clip, FORMULA: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+               MIX: tl.constexpr, UNION: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
                STAGES: tl.constexpr):
     """Do the row step on one row.
 
-    A pointer may be None: without w there is no teacher, without dz no gradient is wanted, without threshold
-    the support is no top-k; labels and their weights may be absent.
+    A pointer may be None: without w there is no teacher, without dz no gradient is wanted, without least_z
+    (the student's smallest logit that counts) or least_t (the teacher's) every one does; labels and their
+    weights may be absent. clip may be None, too.
     """
     TEACHER: tl.constexpr = w_ptr is not None
-    KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full"
+    KL: tl.constexpr = (FORWARD or REVERSE) and FORM == "full" and clip is None
     PART: tl.constexpr = FORM == "renorm" or FORM == "tail"
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     zeros, lowest = tl.zeros([BLOCK], tl.float32), tl.full([], MASKED, tl.float32)
     z_ptr += row * stride
     m_z, Z_z, E_z = lowest, zeros, zeros                # maximum, sum e^u, sum e^u u
-    threshold = 0.0
+    least_z, least_t = float("-inf"), float("-inf")
     if TEACHER:
         w_ptr += row * stride
         m_w, Z_w, E_w = lowest, zeros, zeros
         D_pq, D_qp = zeros, zeros                       # sum e^(u_z) (u_z - u_w), sum e^(u_w) (u_w - u_z)
         agree = tl.zeros([BLOCK], tl.int32)
-        if threshold_ptr is not None:
-            threshold = seen(tl.load(threshold_ptr + row), softcap_s if BY_STUDENT else softcap_t,
-                             per_temperature)
+        if least_z_ptr is not None:
+            least_z = seen(tl.load(least_z_ptr + row), softcap_s, per_temperature)
+        if least_t_ptr is not None:
+            least_t = seen(tl.load(least_t_ptr + row), softcap_t, per_temperature)
         if PART:                                        # the entries that count (renorm) or the others (tail)
             m_z_part, Z_z_part, m_w_part, Z_w_part = lowest, zeros, lowest, zeros
 
@@ -211,7 +230,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
             Z_w = shrink_w * Z_w + e_w
             agree = tl.where((moved_z < 0) | (moved_w < 0), 0, agree) | ((u_z == 0) & (u_w == 0)).to(tl.int32)
             if PART:
-                part = (((z if BY_STUDENT else t) >= threshold) == (FORM == "renorm")) & (columns < V)
+                part = (counts(z, t, least_z, least_t, UNION) == (FORM == "renorm")) & (columns < V)
                 m_z_part, _, _, e, shrink = shifted(tl.where(part, z, MASKED), m_z_part)
                 Z_z_part = shrink * Z_z_part + e
                 m_w_part, _, _, e, shrink = shifted(tl.where(part, w, MASKED), m_w_part)
@@ -257,8 +276,8 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 z = logits(z_ptr, columns, V, stride, softcap_s, per_temperature)
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
                 w = target_a * t + target_b * z if MIX else t
-                g, s, _, _, _ = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
-                                      mass_slope, FORMULA, BY_STUDENT, FORM)
+                g, s, _, _, _ = terms(z, t, w, columns, V, least_z, least_t, m_p, norm_p, m_w, norm_q, a, b,
+                                      mass_slope, clip, FORMULA, UNION, FORM)
                 values += g
                 slopes += s
             value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
@@ -266,6 +285,7 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
                 lp_tail = m_z_part - m_z + tl.log(tl.sum(Z_z_part, 0)) - log_z
                 lq_tail = m_w_part - m_w + tl.log(tl.sum(Z_w_part, 0)) - log_w
                 g, slope_tail = FORMULA(lp_tail, lq_tail, tl.exp(lp_tail), tl.exp(lq_tail), a, b)
+                g, slope_tail = clipped(g, slope_tail, clip)
                 value += g
                 slope += slope_tail
         tl.store(value_ptr + row, value + broken)
@@ -283,8 +303,8 @@ def row_kernel(z_ptr, w_ptr, dz_ptr, weight_ptr, label_ptr, label_weight_ptr, th
             if TEACHER:
                 t = logits(w_ptr, columns, V, stride, softcap_t, per_temperature)
                 w = target_a * t + target_b * z if MIX else t
-                _, s, p, lp, keep = terms(z, t, w, columns, V, threshold, m_p, norm_p, m_w, norm_q, a, b,
-                                          mass_slope, FORMULA, BY_STUDENT, FORM)
+                _, s, p, lp, keep = terms(z, t, w, columns, V, least_z, least_t, m_p, norm_p, m_w, norm_q,
+                                          a, b, mass_slope, clip, FORMULA, UNION, FORM)
                 if FORM == "tail":
                     s = tl.where(keep, s, slope_tail * tl.exp(tl.minimum(lp - lp_tail, 0.0)))
                 dz = weight * (s - p * slope)
@@ -303,22 +323,20 @@ def fill(z_CV, w_CV, weight, labels, label_weight, stats, spec, grad, dtype):
     (C, columns), V = z_CV.shape, spec.vocab
     dz_CV = z_CV if dtype == z_CV.dtype else z_CV.view(dtype)[:, :columns]
     whose, _, form = spec.support.partition("_")
-    threshold = None
-    if form:
-        x_CV = z_CV if whose == "student" else w_CV
-        threshold = x_CV[:, :V].topk(min(spec.top_k, V), sorted=False).values.amin(-1)
+    least = [x_CV[:, :V].topk(min(spec.top_k, V), sorted=False).values.amin(-1) if form and whose != other
+             else None for x_CV, other in ((z_CV, "teacher"), (w_CV, "student"))]
     name, knob = spec.divergence or "fkl", spec.knob
     a, b = knob if isinstance(knob, tuple) else (knob or 0.0, 0.0)
     forward, reverse = KL_FAMILY.get(name, (False, False))
     arrays = map(stats.get, ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s", "logprob_t"))
     with torch.cuda.device_of(z_CV):
         row_kernel[(C,)](
-            z_CV, w_CV, dz_CV if grad else None, weight, labels, label_weight, threshold, *arrays,
+            z_CV, w_CV, dz_CV if grad else None, weight, labels, label_weight, *least, *arrays,
             z_CV.stride(0), dz_CV.stride(0), V, spec.softcap_s, spec.softcap_t, 1 / spec.temperature,
             *map(float, spec.target), float(a), float(b),
-            losses.mass_slope(name, knob) if form == "sg" else 0.0,
+            losses.mass_slope(name, knob) if form == "sg" else 0.0, spec.entry_clip,
             FORMULA=FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=tuple(spec.target) != (1.0, 0.0),
-            BY_STUDENT=whose == "student", FORM=form or "full",
+            UNION=whose == "union", FORM=form or "full",
             BLOCK=min(BLOCK, triton.next_power_of_2(V)), STAGES=STAGES, num_warps=WARPS)
     return dz_CV if grad else None
 

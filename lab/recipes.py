@@ -173,7 +173,8 @@ SMALL_ALL = Recipe(
         "apt": ALL_PROMPTS | REFERENCES | HALF | dict(method="apt", lr=1e-5),
         "sai_dpo": ALL_PROMPTS | HALF | dict(method="sai_dpo", lr=1e-5, probe=320),
         "star": ALL_PROMPTS | TOLD | dict(method="star"),
-        "opsd": ALL_PROMPTS | REFERENCES | TOLD | dict(method="opsd"),
+        "opsd": ALL_PROMPTS | REFERENCES | TOLD | dict(method="opsd", loss="jsd", entry_clip=0,
+                                                       temperature=1),      # its defaults when measured
         "sdpo": REWARDED | TOLD | dict(method="sdpo"),
         "opcod": REWARDED | TOLD | dict(
             method="opcod", student=["{dir}/generalist/final", "{dir}/specialist/final"], rounds=4,

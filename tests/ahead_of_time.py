@@ -23,14 +23,15 @@ from kernels import rows_triton
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=False):
+def compiled(name, arch, form="full", without=(), dz="bf16", mix=False, softcap=False, clip=False):
     """The kernel as `fill` would launch it. `without`: pointer arguments that are None."""
     names = rows_triton.row_kernel.arg_names
     forward, reverse = rows_triton.KL_FAMILY.get(name, (False, False))
     constants = dict(FORMULA=rows_triton.FORMULAS[name], FORWARD=forward, REVERSE=reverse, MIX=mix,
-                     BY_STUDENT=True, FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
-    constants |= dict.fromkeys([*without, *(["threshold_ptr"] if form == "full" else []),
-                                *([] if softcap else ["softcap_s", "softcap_t"])])
+                     UNION=True, FORM=form, BLOCK=rows_triton.BLOCK, STAGES=rows_triton.STAGES)
+    constants |= dict.fromkeys([*without, *(["least_z_ptr", "least_t_ptr"] if form == "full" else []),
+                                *([] if softcap else ["softcap_s", "softcap_t"]),
+                                *([] if clip else ["clip"])])
     types = {"label_ptr": "*i64", "dz_ptr": f"*{dz}", "stride": "i32", "dz_stride": "i32", "V": "i32"}
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n.endswith("_ptr") else "fp32")
                  for n in names}
@@ -51,7 +52,7 @@ def resources(kernel):
 
 
 variants = [(name, arch, {}) for name in rows_triton.FORMULAS for arch in (80, 90)]
-variants += [(name, 90, dict(form=form, mix=True, softcap=True))
+variants += [(name, 90, dict(form=form, mix=True, softcap=True, clip=True))
              for name in ("rkl", "jsd") for form in ("full", "raw", "sg", "renorm", "tail")]
 variants += [("fkl", 90, dict(without=["w_ptr", "weight_ptr"], dz="fp32")),
              ("rkl", 90, dict(without=["dz_ptr"]))]

@@ -93,7 +93,7 @@ def random_flags(rng, world):
                 teacher_system=[world / "system.txt"] if "teacher_system" in defaults else [])
     if flags["loss"] in DIVERGENCES:
         knob = DIVERGENCES[flags["loss"]].knob
-        more |= dict(target=["veto", "taid"], support=SUPPORTS, **({knob: [0, 0.3, 1, 2]} if knob else {}))
+        more |= dict(target=["veto", "taid"], support=SUPPORTS, entry_clip=[0, 0.01], **({knob: [0, 0.3, 1, 2]} if knob else {}))
     flags |= {flag: rng.choice(values) for flag, values in more.items() if values and rng.random() < 0.3}
     return flags | (dict(top_k=rng.choice([1, 5, 999])) if flags.get("support", "full") != "full" else {})
 

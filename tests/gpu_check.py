@@ -177,8 +177,10 @@ attempt("products", products)
 for name, support, options in (
         ("rkl", "full", {}), ("jsd", "full", {}), ("fkl", "full", {"temperature": 1.5}),
         ("skew_rkl", "full", {"target": (0.8, 0.2)}), ("jsd", "student_tail", {"top_k": 64}),
-        ("rkl", "teacher_renorm", {"top_k": 64}), ("rkl", "full, softcap", {"softcap_s": 30.0})):
-    if support.startswith(("student", "teacher")):
+        ("rkl", "teacher_renorm", {"top_k": 64}), ("rkl", "full, softcap", {"softcap_s": 30.0}),
+        ("fkl", "full, clipped", {"entry_clip": 1e-4}),
+        ("rkl", "union_tail", {"top_k": 64, "entry_clip": 1e-2})):
+    if support.startswith(("student", "teacher", "union")):
         options["support"] = support
     attempt(f"{name} {support}", lambda: kernel(name, support, {"divergence": name, **options}))
 if gpu:

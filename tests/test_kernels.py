@@ -24,6 +24,7 @@ if TRITON:
     from kernels import rows_triton
 ENTRYWISE = [name for name in DIVERGENCES if DIVERGENCES[name].elementwise]
 N, V, HS, HT = 9, 101, 16, 24
+CLIP = 0.003            # nats, of a vocabulary's entry
 with_triton = pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="no triton"))
 on_both = pytest.mark.parametrize("backend", ["torch", with_triton])
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")    # of the interpreter's numpy
@@ -92,6 +93,32 @@ def test_every_divergence_and_target(backend, name, options):
 @pytest.mark.parametrize("support", SUPPORTS[1:])
 def test_every_support(backend, name, support):
     check(case(), backend, divergence=name, support=support, top_k=7, target=(0.9, 0.2), temperature=1.2)
+
+
+@on_both
+@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("options", [
+    {}, {"target": (0.9, 0.2), "temperature": 1.2, "softcap_s": 3.0, "softcap_t": 5.0},
+    *[{"support": support, "top_k": 7} for support in (
+        "union_tail", "intersection_raw", "teacher_sg", "student_renorm")]], ids=str)
+def test_every_divergence_clips_entries(backend, name, options):
+    """At a clip that cuts some entries off, and leaves others."""
+    c = in_float64(case())
+    least, some, whole = (run(c, backend="dense", divergence=name, entry_clip=clip, **options)[3]["value"]
+                          for clip in (1e-9, CLIP, None))
+    assert least.sum() < some.sum() < whole.sum()
+    check(case(), backend, divergence=name, entry_clip=CLIP, upstream=3.0, **options)
+
+
+@on_both
+@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("form", ["raw", "sg", "renorm", "tail"])
+def test_an_empty_intersection_has_no_loss_and_no_gradient(backend, name, form):
+    """2605.11182; also renormalised over nothing, and where the tail is everything."""
+    z = torch.arange(40.0).repeat(2, 1)
+    value, _, dz = row_step(backend, z, -z, torch.ones(2), divergence=name, support=f"intersection_{form}",
+                            knob=DIVERGENCES[name].default, top_k=3)
+    assert value.abs().max() < 5e-6 and dz.abs().max() < 5e-6      # rounding over 8, of alpha_beta
 
 
 @on_both
@@ -211,16 +238,17 @@ def test_mixtures_are_precise_where_both_models_nearly_agree(backend, name):
 
 @on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
-@pytest.mark.parametrize("support", ["full", "student_sg", "teacher_renorm", "student_tail"])
-def test_extreme_logits_are_finite_and_right(backend, name, support):
+@pytest.mark.parametrize("support", ["full", "student_sg", "teacher_renorm", "union_tail"])
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_extreme_logits_are_finite_and_right(backend, name, support, clip):
     z, w = extremes()
     top_k = None if support == "full" else 9
     weight = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0, 1.0, -1.0, 1.0])
     knob = DIVERGENCES[name].default
     value, entropy, dz = row_step(backend, z, w, weight, divergence=name, knob=knob, support=support,
-                                  top_k=top_k)
+                                  top_k=top_k, entry_clip=clip)
     z = z.double().clamp(min=FLOOR).requires_grad_()
-    oracle = divergence(z, w.double(), name, support=support, top_k=top_k)
+    oracle = divergence(z, w.double(), name, support=support, top_k=top_k, entry_clip=clip)
     exact, = torch.autograd.grad((weight * oracle).sum(), z)
     assert all(x.isfinite().all() for x in (value, entropy, dz))
     assert (dz[4] == 0).all()
@@ -231,13 +259,14 @@ def test_extreme_logits_are_finite_and_right(backend, name, support):
 
 @on_both
 @pytest.mark.parametrize("name", ENTRYWISE)
-@pytest.mark.parametrize("support", ["full", "student_raw", "teacher_renorm", "student_tail"])
+@pytest.mark.parametrize("support", ["full", "student_raw", "teacher_renorm", "union_tail"])
+@pytest.mark.parametrize("clip", [None, CLIP])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_broken_logit_is_not_hidden(backend, name, support, whose):
+def test_a_broken_logit_is_not_hidden(backend, name, support, clip, whose):
     """Maxima, selects and a support would drop it, and the run would go on with a broken model."""
     z, w = torch.randn(3, 70), torch.randn(3, 70)
     (z if whose == "student" else w)[1, 40] = torch.nan
-    value, _, _ = row_step(backend, z, w, torch.ones(3), divergence=name, support=support,
+    value, _, _ = row_step(backend, z, w, torch.ones(3), divergence=name, support=support, entry_clip=clip,
                            knob=DIVERGENCES[name].default, top_k=None if support == "full" else 3)
     assert value.isnan().tolist() == [False, True, False]
 
@@ -246,10 +275,10 @@ def test_a_broken_logit_is_not_hidden(backend, name, support, whose):
 
 def test_gradcheck_and_backward_twice():
     c = case(torch.float64, n=4, vocab=23)
-    for support, k in (("full", None), ("student_tail", 9)):
+    for support, k, clip in (("full", None, None), ("union_sg", 9, 0.02), ("student_tail", 9, None)):
         f = lambda x, w: linear_divergence(
             x, w, c["hidden_t"], c["head_t"], c["weight"], divergence="jsd", labels_N=c["labels"],
-            support=support, top_k=k, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
+            support=support, top_k=k, entry_clip=clip, label_weight_N=c["label_weight"], chunk_bytes=3000)[0]
         assert torch.autograd.gradcheck(f, (c["hidden_s"], c["head_s"]))
     loss = f(c["hidden_s"], c["head_s"])
     first = torch.autograd.grad(loss, c["head_s"], retain_graph=True)[0]
@@ -520,7 +549,8 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
     (dict(divergence="kld"), "unknown divergence"), (dict(support="top-k", top_k=5), "student_raw"),
     (dict(backend="cuda"), "unknown backend"), (dict(vocab=V + 1), "vocab 102 is not .* 1 and 101"),
     (dict(temperature=0), "temperature 0 is not"), (dict(target="veto"), "pair"),
-    (dict(support="student_sg", top_k=2.5), "whole number"),
+    (dict(support="student_sg", top_k=2.5), "whole number"), (dict(entry_clip=0), "entry_clip 0 is not"),
+    (dict(divergence="akl", entry_clip=0.1), "akl .*cannot clip"), (dict(entry_clip=torch.inf), "finite"),
     (dict(chunk_bytes=0), "chunk_bytes"), (dict(divergence="power", knob=1e-9), "not 0 .fkl."),
     (dict(divergence="power", knob=float("nan")), "power_lambda"),
     (dict(divergence="rkl", knob=0.5), "no knob"), (dict(divergence="jsd", knob=(0.2, 0.7)), "jsd_beta"),

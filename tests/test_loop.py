@@ -250,7 +250,7 @@ def test_the_gap_is_the_teachers_whatever_the_target(start):
 
 @pytest.mark.parametrize("flags", [
     dict(loss="rkl", support="student_sg", top_k=5), dict(loss="jsd", jsd_beta=0.1),
-    dict(loss="akl", akl_mu=0.3),
+    dict(loss="fkl", entry_clip=0.01), dict(loss="akl", akl_mu=0.3),
     dict(loss="alpha_beta", alpha_beta=[0.5, 0.5]), dict(loss="skew_rkl", skew_alpha=0.5),
     dict(loss="power", power_lambda=-1.5), dict(loss="rkl", loss_temperature=2)], ids=str)
 def test_flags_of_the_objective_reach_the_kernel(start, flags):
@@ -261,6 +261,32 @@ def test_flags_of_the_objective_reach_the_kernel(start, flags):
         opd.train(run)
         values.append(metrics(run)[0]["value"])
     assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["opd", "gkd", "opsd"])
+def test_the_top_k_of_the_rollout_are_those_of_the_update(start, monkeypatch, method):
+    """2605.11182 fixes a support at the rollout. With one update per batch it is the same student's."""
+    run = start(method=method, steps=4, lr=1e-2, temperature=1, loss="rkl", support="student_renorm", top_k=5)
+    sample, update, at_rollout, at_update = run.sample, opd.update, {}, []
+
+    @torch.no_grad()
+    def top_5(r):
+        hidden_TH = run.student.hidden_states([r.prompt_ids], [r.ids_T])
+        return (hidden_TH @ run.student.head_VH[:run.student.vocab].T).topk(5).indices.tolist()
+
+    def sampling(*args, **kwargs):
+        rollouts = sample(*args, **kwargs)
+        at_rollout.update({r.ids_T: top_5(r) for r in rollouts})
+        return rollouts
+
+    def updating(run, jobs, weights):
+        at_update.extend((r, top_5(r)) for job in jobs for r in job.rollouts if r.ids_T in at_rollout)
+        return update(run, jobs, weights)
+    monkeypatch.setattr(run, "sample", sampling)
+    monkeypatch.setattr(opd, "update", updating)
+    opd.train(run)
+    assert len(at_update) >= 8 and all(at_rollout[r.ids_T] == ids for r, ids in at_update)
+    assert any(top_5(r) != ids for r, ids in at_update)          # which the updates do change
 
 
 def test_equal_student_and_teacher_do_not_move(start, models):

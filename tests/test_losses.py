@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from losses import (DIVERGENCES, SUPPORTS, check_support, divergence, importance_weight, lookup, mass_slope,
-                    policy_gradient_weight, target_at)
+from losses import (DIVERGENCES, SUPPORTS, check_support, clipped, divergence, importance_weight, lookup,
+                    mass_slope, policy_gradient_weight, target_at)
 
 NAMES = list(DIVERGENCES)
 
@@ -66,11 +66,12 @@ def test_the_slopes_with_a_stopped_gradient():
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("todi", "akl")])
-@pytest.mark.parametrize("support", ["full", "student_raw", "teacher_renorm", "student_tail"])
-def test_dense_reference_passes_gradcheck(name, support):
+@pytest.mark.parametrize("support", ["full", "union_raw", "intersection_renorm", "student_tail"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_dense_reference_passes_gradcheck(name, support, clip):
     w = logits(3, 6, seed=1)
     assert torch.autograd.gradcheck(
-        lambda z: divergence(z, w, name, temperature=1.3, support=support,
+        lambda z: divergence(z, w, name, temperature=1.3, support=support, entry_clip=clip,
                              top_k=None if support == "full" else 3), logits(3, 6).requires_grad_())
 
 
@@ -166,24 +167,32 @@ def test_a_support_of_everything_is_the_full_one(name, support):
 
 
 @pytest.mark.parametrize("name", ENTRYWISE)
-@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("whose", ["student", "teacher", "intersection", "union"])
 def test_supports_are_what_they_say(name, whose):
     """Against other code: gathered columns, merged tails, and the gradient of the kept mass."""
-    z, w = logits(5, 11), logits(5, 11, seed=1)
-    ids = (z if whose == "student" else w).topk(4, -1).indices
-    p, q = z.softmax(-1), w.softmax(-1)
-    gathered = divergence(z.gather(1, ids), w.gather(1, ids), name)
-    torch.testing.assert_close(divergence(z, w, name, support=f"{whose}_renorm", top_k=4), gathered)
-    merged = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], 1).log()
-              for x in (p, q)]
-    torch.testing.assert_close(divergence(z, w, name, support=f"{whose}_tail", top_k=4),
-                               divergence(*merged, name))
-    (raw_value, raw), (sg_value, sg) = (support_gradient(z, w, name, f"{whose}_{form}")
-                                        for form in ("raw", "sg"))
-    torch.testing.assert_close(raw_value, sg_value)
-    x = z.clone().requires_grad_()
-    mass = torch.autograd.grad(x.softmax(-1).gather(1, ids).sum(), x)[0]
-    torch.testing.assert_close(raw - sg, mass_slope(name, lookup(name)[1]) * mass)
+    sizes = set()
+    for z, w in zip(logits(6, 11).split(1), logits(6, 11, seed=1).split(1)):
+        student, teacher = (set(x[0].argsort(descending=True)[:4].tolist()) for x in (z, w))
+        kept = {"student": student, "teacher": teacher, "intersection": student & teacher,
+                "union": student | teacher}[whose]
+        sizes.add(len(kept))
+        ids = torch.tensor([sorted(kept)], dtype=torch.long)
+        for clip in (None, 0.02):               # the clip comes after the support
+            gathered = divergence(z.gather(1, ids), w.gather(1, ids), name, entry_clip=clip)
+            torch.testing.assert_close(
+                divergence(z, w, name, support=f"{whose}_renorm", top_k=4, entry_clip=clip), gathered)
+            merged = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], 1).log()
+                      for x in (z.softmax(-1), w.softmax(-1))]
+            torch.testing.assert_close(
+                divergence(z, w, name, support=f"{whose}_tail", top_k=4, entry_clip=clip),
+                divergence(*merged, name, entry_clip=clip))
+        (raw_value, raw), (sg_value, sg) = (support_gradient(z, w, name, f"{whose}_{form}")
+                                            for form in ("raw", "sg"))
+        torch.testing.assert_close(raw_value, sg_value)
+        x = z.clone().requires_grad_()
+        mass = torch.autograd.grad(x.softmax(-1).gather(1, ids).sum(), x)[0]
+        torch.testing.assert_close(raw - sg, mass_slope(name, lookup(name)[1]) * mass)
+    assert sizes == {4} if whose in ("student", "teacher") else len(sizes) > 1      # the rows differ
 
 
 @pytest.mark.parametrize("name", ENTRYWISE)
@@ -204,6 +213,43 @@ def test_topk_sg_of_the_reverse_kl_is_the_papers():
     paper = (lp.exp() * (lp.detach() - lq)).gather(1, ids).sum()
     torch.testing.assert_close(support_gradient(z.detach(), w, "rkl", "student_sg")[1],
                                torch.autograd.grad(paper, z)[0])
+
+
+@pytest.mark.parametrize("whose", ["student", "intersection"])
+def test_renormalised_reverse_kl_has_the_gradient_of_the_papers_stopped_one(whose):
+    """2605.11182's default: sum over K of p (sg[log p] - log q), both renormalised, where sum grad p = 0."""
+    z, w = logits(5, 11).requires_grad_(), logits(5, 11, seed=1)
+    keep = z >= z.topk(6).values[:, -1:]
+    if whose == "intersection":
+        keep = keep & (w >= w.topk(6).values[:, -1:])
+    p, q = (x.softmax(-1) * keep / (x.softmax(-1) * keep).sum(-1, keepdim=True) for x in (z, w))
+    paper = (p[keep] * (p.detach()[keep] / q[keep]).log()).sum()
+    torch.testing.assert_close(support_gradient(z.detach(), w, "rkl", f"{whose}_renorm", 6)[1],
+                               torch.autograd.grad(paper, z)[0])
+
+
+def test_clipped_forward_kl_is_opsds():
+    """2601.18734: sum over v of min(q (log q - log p), tau)."""
+    z, w = logits(5, 11).requires_grad_(), logits(5, 11, seed=1)
+    p, q, tau = z.softmax(-1), w.softmax(-1), 0.05
+    entries = q * (q / p).log()
+    assert 5 < (entries > tau).sum() < 50
+    paper = torch.where(entries > tau, torch.tensor(tau).double(), entries).sum(-1)
+    ours = divergence(z, w, "fkl", entry_clip=tau)
+    torch.testing.assert_close(ours, paper)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), z)[0] for x in (ours, paper)))
+
+
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_only_entries_below_the_clip_have_a_slope(name):
+    found, knob = lookup(name)
+    lp, lq = (torch.log_softmax(logits(40, seed=seed), -1) for seed in (0, 1))
+    value, slope = found.formula(lp, lq, lp.exp(), lq.exp(), knob)
+    clip = value.quantile(0.8).item()
+    cut_value, cut_slope = clipped(value, slope, clip)
+    assert cut_value.max() == clip and (cut_slope[value > clip] == 0).all() and (value > clip).sum() == 8
+    assert torch.equal(cut_slope[value <= clip], slope[value <= clip])
+    assert all(map(torch.equal, clipped(value, slope, value.max().item()), (value, slope)))
 
 
 def test_entries_that_tie_with_the_last_of_the_top_k_count_too():
@@ -244,7 +290,11 @@ def test_veto_is_the_teacher_times_a_power_of_the_student():
 
 
 def test_what_the_sampled_estimators_estimate():
-    """Enumerating y ~ p: k1 has no gradient, k2 that of the reverse KL, k3 that of the forward KL."""
+    """Enumerating y ~ p: the expected gradient of each estimator as a loss, and as an advantage A log p(y).
+
+    k1 has none, k2 that of the reverse KL, k3 that of the forward KL. -k1(y) as an advantage has that of the
+    reverse KL again; a KL over the top k, which does not know y, has none, however it is truncated.
+    """
     z, w = logits(8).requires_grad_(), logits(8, seed=1)
     lp, lq = torch.log_softmax(z, -1), torch.log_softmax(w, -1)
     r, weight = lp - lq, lp.exp().detach()
@@ -253,3 +303,10 @@ def test_what_the_sampled_estimators_estimate():
     assert gradient(weight * r).abs().max() < 1e-12
     torch.testing.assert_close(gradient(weight * r**2 / 2), exact["rkl"])
     torch.testing.assert_close(gradient(weight * ((-r).exp() - 1 + r)), exact["fkl"])
+    torch.testing.assert_close(gradient(weight * r.detach() * lp), exact["rkl"])
+    for k1_or_k3 in (r, (-r).exp() - 1 + r):                     # as values both are right; k2 is not
+        torch.testing.assert_close((weight * k1_or_k3).sum(), divergence(z[None], w[None], "rkl")[0])
+    assert abs((weight * r**2 / 2).sum() - (weight * r).sum()) > 0.01
+    for support in SUPPORTS[1:]:
+        advantage = divergence(z[None], w[None], "rkl", support=support, top_k=3).detach()
+        assert gradient(weight * advantage * lp).abs().max() < 1e-12, support

@@ -235,7 +235,10 @@ def test_environment_can_be_silent(start, prompts):
 def test_opsd_teacher_sees_the_solution_and_the_student_does_not(start):
     run = start(method="opsd")
     job, = next(run.jobs())
-    assert job.teacher is not job.learner and run.cfg.support == "full" and run.cfg.loss == "jsd"
+    assert job.teacher is not job.learner and run.cfg.self_teacher == "frozen"
+    objective = job.objective                                    # the paper's
+    assert (objective.divergence, objective.support, objective.entry_clip) == ("fkl", "full", 0.05)
+    assert run.cfg.temperature == 1.1 and run.method.defaults["max_new_tokens"] == 1024
     for r in job.rollouts:
         seen = f"{r.prompt['solution']}={r.prompt['prompt']}"
         assert sees([r]) == [seen] and r.teacher_ids == run.student.tok(seen).input_ids

@@ -312,6 +312,7 @@ def test_a_teachers_options_are_its_own(start, bare, prompts, flags, student, te
     folder = bare(dict(seed=0))
     run = start(student=folder, prompts=[prompts("rows", [GOOD])], batch=2,
                 teachers=[] if "method" in flags else [folder], **flags, **student, **teacher)
+    thinks = (thinks[0], thinks[1] or "method" in flags and not teacher)        # opsd's own default
     switched_off = run.student.tok("<think>\n\n</think>\n\n").input_ids
     job, = next(run.jobs())
     for r in job.rollouts:
