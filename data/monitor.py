@@ -15,7 +15,7 @@ LITTLE = 0.1        # nats per token: where the divergence is less, a single tok
 WINDOW = 12         # steps of a mean: schedules of 1:1, 2:1, 3:1 and 5:1 fill it evenly
 
 
-def bands(now, first, best, pulling=""):
+def bands(now, first, best):
     """Return {statistic: (whether its mean has left its band, what to say then)}.
 
     Measured: in the small world's healthy runs saturated is at most 0.13, repeated first + 0.03, length 1.5
@@ -24,7 +24,7 @@ def bands(now, first, best, pulling=""):
     """
     return {
         "saturated": (now > 0.25, f"{now:.0%} of the divergence lies where the student is certain, and this "
-                                  f"loss has no gradient there; {pulling} pull there"),
+                                  f"loss has no gradient there; {pulling()} pull there"),
         "repeated": (now > first + 0.2, f"{now:.0%} of 3-grams repeat earlier ones ({first:.0%} at first)"),
         "length": (not first / 4 <= now <= first * 4, f"{now:.0f} tokens a text ({first:.0f} at first)"),
         "cut": (now > 0.9 and first < 0.5, f"{now:.0%} of the rollouts do not end ({first:.0%} at first)"),
@@ -34,6 +34,11 @@ def bands(now, first, best, pulling=""):
 
 
 @functools.cache
+def pulling():
+    """Return the names of the losses that pull as the likelihood does where a student is certain."""
+    return ", ".join(loss for loss in DIVERGENCES if 0.9 < pull(Objective(divergence=loss)) < 1.1)
+
+
 def pull(objective):
     """Return the gradient in the logit of a token with p = 0.9999 and q = 0.01, of two tokens.
 
@@ -70,7 +75,6 @@ def watch(memory, stats):
     memory: the run's, kept by its checkpoint. Fixed data has no `repeated`, and cannot collapse.
     """
     seen = memory.setdefault(f"monitor {stats.get('tutee', 1)}", {})                    # of each student
-    pulling = ", ".join(loss for loss in DIVERGENCES if 0.9 < pull(Objective(divergence=loss)) < 1.1)
     warnings = []
     for name in bands(0, 0, 0) if "repeated" in stats else ["saturated"]:
         if name not in stats:
@@ -80,7 +84,7 @@ def watch(memory, stats):
         if len(recent) == WINDOW or name == "saturated":                # that shows in the first step
             now = sum(recent) / len(recent)
             known["first"], known["best"] = known.get("first", now), max(known.get("best", now), now)
-            left, words = bands(now, known["first"], known["best"], pulling)[name]
+            left, words = bands(now, known["first"], known["best"])[name]
             if left and not known["warned"]:
                 known["warned"] = True
                 warnings.append(words)

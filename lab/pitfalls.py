@@ -97,9 +97,10 @@ def raw_top_k():
 
     The sum of p (log p - log q) over k entries pulls even where p = q: it lowers the kept mass, which over
     the whole vocabulary is 1. The cure is to stop the gradient of log p, to renormalise, or to keep a tail
-    entry ("The Many Faces of OPD", 2605.11182: texts came to repeat themselves, and accuracy fell to 0).
-    These bigram models start at their teacher and learn from their own texts; they end in noise, not in
-    repetition.
+    entry ("The Many Faces of OPD", 2605.11182: texts came to repeat themselves, accuracy fell to 0). These
+    bigram models start at their teacher and learn from their own texts; they end in noise, not in repetition.
+    (The small world's `opd` with the top 3, one seed: agreement with the teacher 62% at first, 55% at the end
+    of raw and 97% of sg; texts that do not end 30% and 2%.)
 
     Look for the loss of `raw`, which falls below 0 while the student gets worse.
     """

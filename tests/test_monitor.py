@@ -41,7 +41,7 @@ def test_what_pulls_is_found_from_the_formulas():
     assert {name for name in DIVERGENCES if pull(Objective(divergence=name)) < 0.1} == set(VANISH)
     assert [n for n in DIVERGENCES if 0.9 < pull(Objective(divergence=n)) < 1.1] == PULL
     assert pull(Objective(divergence="fkl", target=(1.0, 0.8))) < 0.1                   # Veto damps it
-    assert pull(Objective(divergence="alpha_beta", knob=(1.0, 0.01))) > 0.5             # nearly fkl
+    assert pull(Objective(divergence="alpha_beta", knob=[1.0, 0.01])) > 0.5             # nearly fkl
     assert pull(Objective(label="pg")) == 0
 
 
