@@ -53,6 +53,7 @@ from data.check import check_prompts
 from data.folder import (Folder, answer_records, logged_samples, process_memory, rollout_stats, step_line,
                          warn_of_first_step)
 from data.graders import grade
+from data.monitor import watch
 from data.prompts import load_prompts, read_system
 from kernels import linear_divergence, linear_logprob
 from losses import LOSSES, policy_gradient_weight, target_at, truncated_importance
@@ -157,6 +158,8 @@ def backward(run, job, weights):
         if objective.label:
             loss, stats = linear_logprob(hidden_NH, learner.head_VH, labels_N, weight_N,
                                          softcap=learner.softcap, **common)
+            if objective.label == "pg":
+                stats["gap"] = torch.cat([job.lq[i] - job.lp[i] for i in group])
         else:
             hidden_t_NH = torch.cat([job.hidden_t[i] for i in group]).to(learner.device)
             loss, stats = linear_divergence(
@@ -419,6 +422,8 @@ def record(run, jobs, weights, stats):
     stats |= {"seconds": run.clock, "memory_gib": max(parts.values(), default=0) or process_memory(),
               **({"memory_gib_by_part": parts} if parts else {}),
               **{name: state[name] for name in ("sampled_tokens", "teacher_tokens")}, **run.notes}
+    if warnings := watch(run.memory, stats):
+        stats["warnings"] = warnings
     run.folder.log("metrics", stats)
     tqdm.write(step_line(stats, cfg.loss, run.total, run.notes), file=sys.stdout)
     run.clock, run.peaks, run.notes = {}, {}, {}

@@ -12,6 +12,7 @@ from config import Refused, identity
 
 from .files import atomic_folder, check_whole, own, read_lines, recover, write_file
 from .graders import complaint
+from .monitor import repeated, saturated
 from .prompts import prompt_text
 
 
@@ -119,7 +120,9 @@ def rollout_stats(jobs, weights, stats):
     out = {"rollouts": len(rollouts), "kept": sum(kept), "tokens": sum(lengths),
            "length": sum(lengths) / len(rollouts), "cut": sum(cut) / len(rollouts),
            "reward": sum(rewards) / len(rewards) if rewards else None, "solved": solved(rollouts),
-           "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps])}
+           "gap": mean(gaps), "abs_gap": mean([gap_T.abs() for gap_T in gaps]),
+           "repeated": repeated([r.ids_T for r in rollouts if r.logp_T is not None]),
+           "saturated": saturated(jobs, stats)}
     for name in ("value", "entropy_s", "entropy_t", "top1_agree", "logprob_s"):
         out[name] = mean([s[name] for s in stats if len(s.get(name, ()))])
     return {name: x for name, x in out.items() if x is not None and math.isfinite(x)}

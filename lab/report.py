@@ -92,7 +92,7 @@ def write_run(out):
         blocks += ["## Rounds", round_table(rounds)]
     if any("feedback" in step for step in steps):
         blocks += ["## Feedback", feedback_table(steps)]
-    blocks += ["## Training", *change_tables(steps), *about_skipped(steps)]
+    blocks += ["## Training", *change_tables(steps), *about_skipped(steps), *about_warnings(steps)]
     if diagnoses:
         blocks += ["## Diagnosis", *diagnosis_tables(diagnoses), "![diagnosis](diagnosis.png)"]
     blocks += ["![curves](curves.png)", *about_models(config, out), "## Samples"]
@@ -253,7 +253,9 @@ CHANGES = {"value": ("divergence, nats per token", 1), "gap": ("gap log q(y) - l
            "reward_rejected": ("reward of the rejected completion, nats", 1),
            "length_chosen": ("its length, tokens", 1),
            "length_rejected": ("length of the rejected one, tokens", 1),
-           "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100)}
+           "length": ("completion length, tokens", 1), "cut": ("completions that did not end, %", 100),
+           "repeated": ("3-grams that repeat earlier ones, %", 100),
+           "saturated": ("divergence out of reach, %", 100)}
 
 
 def change_table(steps):
@@ -325,6 +327,12 @@ def about_skipped(steps):
             total[reason] = total.get(reason, 0) + count
     counts = ", ".join(f"{count:,} x {reason}" for reason, count in total.items())
     return [f"Left out, as they teach nothing: {counts}."] if total else []
+
+
+def about_warnings(steps):
+    """Return what the run has warned of (data/monitor.py), as sentences in a list."""
+    return [f"Warning after step {step['step'] + 1}: {words}." for step in steps
+            for words in step.get("warnings", [])]
 
 
 # ---- co-distillation: rounds and feedback ------------------------------------------------------------------
@@ -438,6 +446,8 @@ PANELS = [("divergence, nats per token", {"value": ""}, 1),
           ("entropy, nats", {"entropy_s": "student", "entropy_t": "teacher"}, 1),
           ("-log p(y), nats per token", {"logprob_s": ""}, -1),
           ("completion length, tokens", {"length": ""}, 1),
+          ("3-grams that repeat earlier ones, %", {"repeated": ""}, 100),
+          ("divergence out of reach, %", {"saturated": ""}, 100),
           ("accuracy of the rollouts, %", {"reward": ""}, 100),
           ("prompts with a correct rollout, %", {"solved": ""}, 100),
           ("reward, nats", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, 1),
