@@ -14,11 +14,12 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from config import Parser, Refused, first_line, nearest, parse_json
 
-from . import ifeval, sciknoweval
+from . import camopd, ifeval, sciknoweval
 from .files import write_file
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -49,6 +50,16 @@ def medqa(row):
     return {"prompt": LETTER_PROMPT.format(text), "answer": letter, "grader": "final_letter"}
 
 
+def worked(row):
+    """Return the prompt row of a row with a problem and its solution, which is not graded."""
+    return {"prompt": MATH_PROMPT.format(row["problem"]), "solution": row["solution"]}
+
+
+def dapo(row):
+    """Return the prompt row of a row of DAPO-Math-17k, whose `solution` is the bare answer."""
+    return math({"problem": row["prompt"], "answer": row["solution"]})
+
+
 @dataclass(frozen=True)
 class Set:
     """A public set, and how its rows become prompt rows."""
@@ -57,15 +68,27 @@ class Set:
     split: str                          # the split on the hub, if none is named
     hub: str | None = None              # the set's name on the hub, if it is another one
     parts: Callable | None = None       # of sets that we split: a list of rows per file -> {part: rows}
+    file: str | None = None             # the file on the hub, where the set's folder holds other things too
+    most: int | None = None             # of a set too large to fetch, the rows of a split that are read
 
 
 SETS = {"openai/gsm8k": Set(gsm8k, "main", "train"), "HuggingFaceH4/MATH-500": Set(math, None, "test"),
         "math-ai/aime24": Set(math, None, "test"), "math-ai/aime25": Set(math, None, "test"),
-        "math-ai/amc23": Set(math, None, "test"), "google/IFEval": Set(ifeval.prompt_row, None, "train"),
-        "GBaker/MedQA-USMLE-4-options": Set(medqa, None, "train")}
+        "math-ai/amc23": Set(math, None, "test"), "MathArena/hmmt_feb_2025": Set(math, None, "train"),
+        "google/IFEval": Set(ifeval.prompt_row, None, "train"),
+        "GBaker/MedQA-USMLE-4-options": Set(medqa, None, "train"),
+        "open-r1/DAPO-Math-17k-Processed": Set(dapo, "en", "train"),
+        "siyanzhao/Openthoughts_math_30k_opsd": Set(worked, None, "train")}
 SETS |= {f"hicai-zju/SciKnowEval/{domain}": Set(sciknoweval.converter(domain), None, "test",
                                                 "hicai-zju/SciKnowEval", sciknoweval.splitter(domain))
          for domain in sciknoweval.TESTS}
+SETS |= {name: Set(camopd.medical, config, "train") for name, config in (
+    ("openlifescienceai/medmcqa", None), ("UCSC-VLAA/MedReason", None), ("UCSC-VLAA/m23k-tokenized", None),
+    ("FreedomIntelligence/Medical-R1-Distill-Data", "en"))}
+SETS |= {"TsinghuaC3I/MedXpertQA": Set(camopd.expert, "Text", "test"),
+         "nvidia/Nemotron-Post-Training-Dataset-v1": Set(camopd.general, None, "chat", most=40_000),
+         "Neph0s/CoSER": Set(camopd.conversation, None, "train", parts=camopd.split,
+                             file="train/sft_conversations_sharegpt.json")}
 
 
 def rows(name, *files):
@@ -131,13 +154,18 @@ def read(file):
 
 def load(name, split):
     """Return the rows of a split on the hub; "" means the set's own split."""
-    hub, config, default = SETS[name].hub or name, SETS[name].config, SETS[name].split
+    known, further = SETS[name], {}
+    if known.file:
+        further["data_files"] = known.file
+    if known.most:
+        further["streaming"] = True
     try:
         from datasets import load_dataset
     except ImportError:
         raise Refused(f"{name} is on the hub: pip install datasets, or give a file") from None
     try:
-        return load_dataset(hub, config, split=split or default)
+        found = load_dataset(known.hub or name, known.config, split=split or known.split, **further)
+        return list(islice(found, known.most)) if known.most else found
     except Exception as error:                          # no network, no such split, ..
         raise Refused(f"cannot load {name}: {first_line(error)}") from None
 

@@ -2,56 +2,31 @@
 
     python -m lab.recipes                          lists the recipes
     python -m lab.recipes small --seeds 5          runs one: OUT/results.json, report.md and pictures
+    python -m lab.recipes many-faces --dry_run     says what it would run and what that would cost, no more
 
 Every row of every seed is a run of opd.py of its own, in OUT/seed0/ROW and so on. What is finished is not run
 again, and what was interrupted is resumed: the same command again continues.
 """
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Parser, Refused, nearest, number, one_line
 from data.files import own, write_file
 
-from . import tables
+from . import papers, tables
+from .recipe import Recipe, hours
 
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ("final", "report.md")           # what a row has that is done, the last of which a run writes last
 CHILDREN = set()                        # processes of rows that are running
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The data of a recipe. In every string {seed} is the number of the seed, {dir} its folder, OUT/seed0.
-
-    Usually a row of the report is a row of the recipe. Where two students are compared, `table` says which
-    runs a row of the report is made of: {title: the run of both students, or student 1's and student 2's}.
-    Every column is there for each student then, and the first row is where the students start.
-    """
-    about: str
-    prepare: list                   # the arguments of `python -m` that write the data of a seed
-    common: dict                    # the flags of every row
-    rows: dict                      # {name: flags}; a row may start from an earlier row's {dir}/NAME/final
-    columns: dict                   # {evaluation set: its heading}
-    axes: dict                      # of the picture, x then y: {title: evaluation sets, which are averaged}
-    references: tuple               # the rows that are teachers, not results
-    quick: dict                     # {row: flags that --quick replaces}; "" stands for every other row
-    quick_prepare: list = field(default_factory=list)       # further arguments of `prepare` with --quick
-    expected: dict = field(default_factory=dict)    # {"full" or "quick": {row: [(mean, spread), ..]}}, in %
-    expected_label: str = "expected"                # what these numbers are called where they are printed
-    expected_seeds: int = 0         # of how many seeds the full form's numbers are; 0: they are a paper's
-    pictured: tuple = ()            # the rows of the picture; (): all
-    differences: dict = field(default_factory=dict)         # {title: (row, the row that it is compared with)}
-    table: dict = field(default_factory=dict)
-    spent: bool = False             # the table also says what a row spent, the picture shows every seed's end
-    second: tuple = ()              # rows with two students, of whom the second is compared
 
 
 # What the recipes of the small worlds have in common.
@@ -304,11 +279,7 @@ SINGLE_PARTS = {                        # each part alone (pooled selection move
     "selection": FULL | dict(schedule="mixed", mixture="3:1", scale=[1]),
     "mopd-7to1": MIXED | dict(mixture="7:1"),
     "focus": MIXED | dict(method="focus", mixture="3:1", focus=0.5)}    # ours
-GRID = {                                # CaMOPD's figure 4: schedule, scale and mass of the general branch
-    "schedule-1-1": UNDIAGNOSED | dict(schedule="1:1"),
-    "schedule-5-1": UNDIAGNOSED | dict(schedule="5:1"),
-    **{f"scale-{scale}-mass-{mass}": UNDIAGNOSED | dict(scale=[f"general={scale}"], mass=[f"general={mass}"])
-       for scale, mass in ((1, 0.6), (1, 0.8), (2, 0.6), (3, 0.6), (3, 0.8))}}
+GRID = {row: UNDIAGNOSED | flags for row, flags in papers.TABLE_7.items()}     # CaMOPD's figure 4
 
 SCALED = ("mopd-3to1", "alternation", "no-selection", "camopd")         # the middle two differ in the scale
 CONDITIONS = {                          # name -> (the flags that differ under it, the rows that are run)
@@ -427,86 +398,13 @@ ASSISTANT_RECIPE = Recipe(
 )
 
 
-# ---- opcod-*: a paper's table ------------------------------------------------------------------------------
-
-# OPCoD, 2606.14368, table 1: of each pair of domains student 1's two scores and then student 2's, in %.
-# Student 1 is stronger in the first domain, student 2 in the second.
-PAPER = {
-    ("physics", "chemistry"): {"initial": (51.6, 37.3, 48.6, 56.3), "GRPO": (52.6, 55.4, 54.3, 62.8),
-                               "SDPO": (51.1, 56.7, 56.4, 69.9), "OPCoD": (54.1, 58.9, 58.8, 70.2)},
-    ("chemistry", "material"): {"initial": (56.3, 56.1, 37.6, 65.1), "GRPO": (62.0, 65.6, 57.3, 65.2),
-                                "SDPO": (70.9, 65.8, 55.4, 60.0), "OPCoD": (71.3, 69.8, 57.5, 66.4)},
-    ("material", "physics"): {"initial": (65.1, 48.1, 56.0, 51.6), "GRPO": (67.8, 53.8, 66.0, 53.9),
-                              "SDPO": (62.2, 52.3, 58.8, 51.9), "OPCoD": (70.5, 55.3, 66.1, 54.3)}}
-PROBLEMS = {"physics": 690, "chemistry": 1860, "material": 810}         # to train on: data/sciknoweval.py
-
-
-def opcod(first, second, rounds):
-    """Return OPCoD's comparison on two of SciKnowEval's domains, with its appendix D's hyperparameters."""
-    domains = (first, second)
-    files = {part: [f"{domain}={{dir}}/data/{domain}_{part}.jsonl" for domain in domains]
-             for part in ("train", "val", "test")}
-    specialists = ["{dir}/specialist-1/final", "{dir}/specialist-2/final"]
-    solo = dict(prompts=files["train"], mixture=":".join(str(PROBLEMS[domain]) for domain in domains),
-                steps=100, batch=32, rollouts=8, lora_rank=64, lr=1e-4, warmup=5, weight_decay=0.01,
-                grad_clip=1, adam_beta2=0.999, importance_cap=2, save_every=25)
-    grpo = solo | dict(method="grpo", max_new_tokens=8192)
-    sdpo = solo | dict(loss="jsd", jsd_beta=0.5, support="student_tail", top_k=100, self_teacher="ema",
-                       ema_rate=0.05)
-    rows = {}
-    for i, domain in enumerate(domains, 1):
-        steps = round(3 * PROBLEMS[domain] / 16)                        # three epochs
-        rows[f"specialist-{i}"] = dict(
-            student="Qwen/Qwen3-8B", method="star", prompts=[files["train"][i - 1]], steps=steps, batch=16,
-            lora_rank=8, lr=2e-4, lr_schedule="cosine", warmup=round(steps / 10))
-    for i, student in enumerate(specialists, 1):
-        rows[f"grpo-{i}"] = dict(student=student) | grpo
-    for i, student in enumerate(specialists, 1):
-        rows[f"sdpo-{i}"] = dict(student=student) | sdpo | dict(method="sdpo", no_environment=True)
-    rows["opcod"] = sdpo | dict(student=specialists, method="opcod", val_prompts=files["val"], rounds=rounds,
-                                tau=0.2, gate_rollouts=16, feedback_tokens=1024)
-    short = dict(eval_rollouts=1, max_new_tokens=1024)
-    return Recipe(
-        about=f"OPCoD, 2606.14368, on SciKnowEval L3: {first} and {second}. Two Qwen3-8B specialists, "
-              f"student 1 in {first} and student 2 in {second}, are trained on both domains, each alone "
-              "(GRPO, SDPO) or as each other's tutors (OPCoD). The test problems and hyperparameters are the "
-              "paper's, with these deviations. The paper's full fine-tuning at 1e-5 does not fit one card: "
-              "we use LoRA (rank 64, lr 1e-4) instead, at ten times the rate as LoRA needs it, and the "
-              "teacher averages adapters. The specialists learn from their own explanations of the gold "
-              "answers, since the paper's, by gpt-5-mini, are unpublished; so compare the differences from "
-              "the initial row. Losses are means over rollouts of their token means, as in the paper's "
-              "equations; its code averages over all tokens. Batches hold the domains in fixed shares, those "
-              "of the union. Tutors write at temperature 1. Accuracy in %, mean of 16 completions per "
-              "problem.",
-        prepare=["data.convert", *(f"hicai-zju/SciKnowEval/{domain}" for domain in domains),
-                 "--out", "{dir}/data"],
-        common=dict(seed="{seed}", eval_prompts=files["test"], eval_rollouts=16, eval_temperature=0.6,
-                    eval_top_p=0.95, max_new_tokens=4096, chat_template_kwargs='{{"enable_thinking": false}}',
-                    gradient_checkpointing=True, micro_tokens=16384, sample_batch=32),
-        rows=rows,
-        table={"initial": ("specialist-1", "specialist-2"), "GRPO": ("grpo-1", "grpo-2"),
-               "SDPO": ("sdpo-1", "sdpo-2"), "OPCoD": ("opcod",)},
-        columns={domain: domain for domain in domains},
-        axes={f"{domain} accuracy, %": (domain,) for domain in domains},
-        references=(),
-        quick={"": dict(steps=10, batch=8, rollouts=4) | short,
-               "specialist-1": dict(steps=20, warmup=2) | short,
-               "specialist-2": dict(steps=20, warmup=2) | short,
-               "opcod": dict(steps=10, batch=8, rollouts=4, gate_rollouts=2) | short},
-        expected={"full": {row: [(score, None) for score in scores]
-                           for row, scores in PAPER[first, second].items()}},
-        expected_label="paper")
-
-
 RECIPES = {
     "small": STORY,
     "small-all": SMALL_ALL,
     "small-opcod": SMALL_OPCOD,
     "small-camopd": SMALL_CAMOPD,
     "assistant": ASSISTANT_RECIPE,
-    "opcod-phys-chem": opcod("physics", "chemistry", rounds=2),
-    "opcod-chem-mat": opcod("chemistry", "material", rounds=2),
-    "opcod-mat-phys": opcod("material", "physics", rounds=5),
+    **papers.RECIPES,
 }
 
 
@@ -544,8 +442,10 @@ def run_seed(recipe, folder, seed, form, threads, stop):
         return
     quick, prepared = form == "quick", ROOT / folder / "prepared"
     if not prepared.exists():
-        command = ["-m", *(substitute(word, folder, seed) for word in recipe.prepare)]
-        run_child(command + (recipe.quick_prepare if quick else []), "data", folder, threads)
+        prepared.parent.mkdir(parents=True, exist_ok=True)
+        if recipe.prepare:
+            command = ["-m", *(substitute(word, folder, seed) for word in recipe.prepare)]
+            run_child(command + (recipe.quick_prepare if quick else []), "data", folder, threads)
         write_file(prepared, form)
     if prepared.read_text() != form:
         raise Refused(f"{ROOT / folder} holds the {prepared.read_text()} form of this recipe; choose another "
@@ -605,6 +505,50 @@ def run_child(command, row, folder, threads, position=""):
                       f"{os.path.relpath(log)}); the same command again continues")
 
 
+# ---- what a recipe would do and cost -----------------------------------------------------------------------
+
+def describe(name, seeds, quick):
+    """Print a recipe without running it: deviations, data, every row's command, cost and expected numbers."""
+    recipe, form, folder = RECIPES[name], "quick" if quick else "full", Path("runs") / name / "seed0"
+    paragraph = lambda text: print(textwrap.fill(text, 110, subsequent_indent="  ", replace_whitespace=False,
+                                                 break_on_hyphens=False))
+    command = lambda *words: print(f"  {shlex.join(words)}")
+    paragraph(f"{name}: {recipe.about}")
+    for deviation in recipe.deviations:
+        paragraph(f"- {deviation}")
+    if recipe.prepare:
+        print("\ndata, once per seed")
+        command("python", "-m", *(substitute(word, folder, 0) for word in recipe.prepare),
+                *(recipe.quick_prepare if quick else []))
+    headings = [*tables.table_columns(recipe).values(), *recipe.elsewhere]
+    for row in recipe.rows:
+        print(f"\n{row}: {cost(recipe, row)}")
+        command("python", "opd.py", *arguments(recipe, row, folder, 0, quick))
+    for row, cells in recipe.expected.get(form, {}).items():
+        known = [f"{heading} {tables.mean_cell(*cell)}" for heading, cell in zip(headings, cells)
+                 if cell[0] is not None]
+        paragraph(f"\n{recipe.expected_label}, {row}: {'; '.join(known)}")
+    for heading, needs in recipe.elsewhere.items():
+        print(f"not measured here: {heading}, {needs}")
+    paragraph(f"\n{seeds} seed(s): {total_cost(recipe, seeds)}. Predicted, not measured, for the full form "
+              "on one 80 GB H100, prompts and completions at full length. Once a row's models can be reached, "
+              "its command with --dry_run --device cuda says more, and its memory by part.")
+
+
+def cost(recipe, row):
+    """Return the predicted hours and memory of a row, in words."""
+    time, gib = hours(recipe, row), recipe.gib.get(row)
+    return "cost not predicted" if time is None else f"at most {time:.1f} h{gib and f', {gib:.0f} GiB' or ''}"
+
+
+def total_cost(recipe, seeds=1):
+    """Return the predicted hours and the largest memory of all rows, in words."""
+    times = [hours(recipe, row) for row in recipe.rows]
+    if None in times:
+        return "not predicted"
+    return f"at most {seeds * sum(times):.0f} h, {max(recipe.gib.values(), default=0):.0f} GiB"
+
+
 # ---- the command line --------------------------------------------------------------------------------------
 
 def parse(argv):
@@ -618,6 +562,8 @@ def parse(argv):
     parser.add_argument("--seeds", type=count, default=1, metavar="N",
                         help="run seeds 0 .. N - 1; the table shows mean and spread (default: 1)")
     parser.add_argument("--quick", action="store_true", help="run a short form of every row")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="print data, commands, predicted cost and expected numbers; run nothing")
     parser.add_argument("--jobs", type=count, default=1, metavar="N",
                         help="run this many seeds at the same time (default: 1)")
     args = parser.parse_args(argv)
@@ -631,13 +577,13 @@ def parse(argv):
 
 
 def list_recipes():
-    """Return one line per recipe: its rows, the seeds that its expected numbers are means of, what it is."""
-    lines = [f"{'recipe':<17}{'rows':>4}  {'expected':<11}about"]
+    """Return a line per recipe: rows, seeds of its expected numbers, predicted cost of a seed, what it is."""
+    lines = [f"{'recipe':<17}{'rows':>4}  {'expected':<11}{'predicted cost':<25}about"]
     for name, recipe in RECIPES.items():
         paper = "a paper's" if recipe.expected else ""
         seeds = f"{recipe.expected_seeds} seeds" if recipe.expected_seeds else paper
-        about = textwrap.shorten(recipe.about, 76, placeholder=" ..")
-        lines.append(f"{name:<17}{len(recipe.rows):>4}  {seeds:<11}{about}")
+        about = textwrap.shorten(recipe.about, 50, placeholder=" ..")
+        lines.append(f"{name:<17}{len(recipe.rows):>4}  {seeds:<11}{total_cost(recipe):<25}{about}")
     return "\n".join(lines)
 
 
@@ -648,6 +594,8 @@ def main(argv=None):
         args = parse(argv)
         if args.name is None:
             print(list_recipes())
+        elif args.dry_run:
+            describe(args.name, args.seeds, args.quick)
         else:
             run_recipe(args.name, args.out, args.seeds, args.quick, args.jobs)
     except (OSError, ValueError) as error:

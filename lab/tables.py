@@ -18,7 +18,7 @@ def write_recipe(name, recipe, out, seeds, form):
     results = collect(recipe, out, seeds)
     compared, examined = differences(recipe, results), diagnosed(recipe, out, seeds)
     found = [main_table(recipe, results, form)]
-    pictures = ["curves"]
+    pictures = ["curves"] if recipe.axes else []
     if compared:
         found.append(difference_table(compared, seeds))
         pictures.append("differences")
@@ -36,7 +36,9 @@ def write_recipe(name, recipe, out, seeds, form):
     about = (f"{recipe.about} Mean ± standard deviation of {seeds} seed(s), training minutes per seed. "
              f"{config['device_name']}, torch {config['versions']['torch']}, {form} form.")
     links = [f"![{picture}]({picture}.png)" for picture in pictures]
-    blocks = [f"# Recipe {name}", about, *map(markdown_table, found), *links]
+    changed = [f"- {deviation}" for deviation in recipe.deviations]
+    blocks = [f"# Recipe {name}", about, *map(markdown_table, found), *links,
+              *(["## What differs from the paper", "\n".join(changed)] if changed else [])]
     (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
     print("\n\n".join(map(screen_table, found)))
@@ -191,25 +193,45 @@ def record_rows(recipe, results):
 
 
 def main_table(recipe, results, form):
-    """Return a row per row of the recipe: its accuracies over seeds beside the expected ones, its minutes."""
+    """Return a row per row of the recipe: its accuracies over seeds beside the expected ones, its minutes.
+
+    Behind them come a paper's columns and rows that are not measured here, with what they need.
+    """
     columns, expected = table_columns(recipe), recipe.expected.get(form, {})
     first = next(iter(recipe.table), None)
     pareto_headings = ["Pareto 1", "Pareto 2", "mutual Pareto"] if recipe.table else []
     spent = SPENT if recipe.spent else {}
-    table = [["", *columns.values(), *pareto_headings, *spent.values(), "minutes"]]
+    table = [["", *columns.values(), *pareto_headings, *spent.values(), "minutes", *recipe.elsewhere]]
     for row, record in record_rows(recipe, results).items():
-        cells = []
-        for i, column in enumerate(columns):
-            wanted = f" ({recipe.expected_label} {mean_cell(*expected[row][i])})" if row in expected else ""
-            cells.append(seeds_cell(record[column]) + wanted)
+        wanted = wanted_cells(recipe, expected, row)
+        cells = [seeds_cell(record[column]) + cell for column, cell in zip(columns, wanted)]
         for values in record.get("pareto", {}).values():
             known = defined(values)
             cells.append(f"{sum(known)}/{len(known)} seeds" if known and row != first else "")
         for key in spent:
             known, unit = defined(record[key]), 1 if key == "updates" else 1000
             cells.append(f"{statistics.mean(known) / unit:.0f}" if known else "not run")
-        table.append([row, *cells, seeds_cell(record["minutes"], spread=False)])
+        cells.append(seeds_cell(record["minutes"], spread=False))
+        table.append([row, *cells, *judged_cells(recipe, wanted)])
+    for row in (row for row in expected if row not in results):
+        wanted, gap = wanted_cells(recipe, expected, row), [""] * len(spent)
+        table.append([row, *(f"not here{cell}" for cell in wanted[:len(columns)]), *gap, "",
+                      *judged_cells(recipe, wanted)])
     return table
+
+
+def wanted_cells(recipe, expected, row):
+    """Return " (expected 70.6 ± 2.8)" for every column of a row and those elsewhere; "": not known."""
+    known = expected.get(row, [])
+    count = len(table_columns(recipe)) + len(recipe.elsewhere)
+    return [f" ({recipe.expected_label} {mean_cell(*cell)})" if cell[0] is not None else ""
+            for cell in [*known, *[(None, None)] * (count - len(known))]]
+
+
+def judged_cells(recipe, wanted):
+    """Return the cells of a row in the columns that are not measured here."""
+    return [f"{needs}{cell}" for needs, cell in zip(recipe.elsewhere.values(),
+                                                    wanted[len(table_columns(recipe)):])]
 
 
 def mean_cell(mean, spread):
@@ -339,7 +361,8 @@ DRAWN = ("cosine", "GCG, %", "GCG beyond chance, %", "step, 1e-3")          # of
 def draw_pictures(plt, recipe, results, compared, examined, out):
     """Draw where the rows went, their differences, and what was diagnosed."""
     draw = draw_students if recipe.table else draw_ends if recipe.spent else draw_rows
-    draw(plt, recipe, results, out / "curves.png")
+    if recipe.axes:
+        draw(plt, recipe, results, out / "curves.png")
     if compared:
         pictured = [recipe.columns[column] for sets in recipe.axes.values() for column in sets]
         draw_dots(plt, compared, lambda heading: heading.split(", on the way")[0] in pictured, "points",
