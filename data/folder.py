@@ -86,7 +86,8 @@ class Folder:
         for path in (self.out / name for name in LOGS):
             kept = [line for line in read_lines(path, "step") if line["step"] < state["step"]]
             if path.name == "metrics.jsonl" and (lost := state["step"] + 1 - len(kept)):
-                tqdm.write(f"note: {path} has lost {lost} lines of {state['step'] + 1}; the report goes without")
+                tqdm.write(f"note: {path} has lost {lost} lines of {state['step'] + 1}; the report goes "
+                           "without")
             if path.exists():
                 write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         return state

@@ -33,7 +33,8 @@ from config import Refused, first_line, nearest, parse_json
 from . import convert
 from .graders import GRADERS, is_own, own
 
-FIELDS = ("prompt", "teacher_prompt", "solution", "answer", "grader", "chosen", "rejected", "rationales", "branch")
+FIELDS = ("prompt", "teacher_prompt", "solution", "answer", "grader", "chosen", "rejected", "rationales",
+          "branch")
 FORMATS = "JSON lines, a JSON list, .csv or .parquet"
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 

@@ -379,9 +379,9 @@ ASSISTANT_RECIPE = Recipe(
           "requests to a voice assistant, after which it answers everything in JSON. Every row starts from "
           "it and tries to get the chat model back and to keep the parser. The divergence is a factor beside "
           "the method: where the student is certain of a wrong first token, only what weighs by the "
-          "teacher's probability pulls it away. Rows with 'then' make their first half by seqkd. Parser: slot "
-          "F1 on held-out requests, in %. Prose: share of held-out questions that are not answered in JSON, "
-          "in %. Greedy, at most 64 tokens.",
+          "teacher's probability pulls it away. Rows with 'then' make their first half by seqkd. Parser: "
+          "slot F1 on held-out requests, in %. Prose: share of held-out questions that are not answered in "
+          "JSON, in %. Greedy, at most 64 tokens.",
     prepare=["data.assistant", "{dir}/world", "--seed", "{seed}"],
     common=dict(seed="{seed}", batch=16, lr=5e-5, warmup=3, max_new_tokens=64, save_every=0,
                 micro_tokens=2048, eval_prompts=["parser={dir}/world/eval_domain.jsonl",
@@ -531,7 +531,7 @@ def describe(name, seeds, quick):
     for heading, needs in recipe.elsewhere.items():
         print(f"not measured here: {heading}, {needs}")
     paragraph(f"\n{seeds} seed(s): {total_cost(recipe, seeds)}. Predicted, not measured, for the full form "
-              "on one 80 GB H100, prompts and completions at full length. Once a row's models can be reached, "
+              "on one 80 GB H100, prompts and completions at full length. Once a row's models can be reached "
               "its command with --dry_run --device cuda says more, and its memory by part.")
 
 

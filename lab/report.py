@@ -176,10 +176,11 @@ def about_accuracy(config):
             f"{config['eval_temperature']:g}{top_p}.")
 
 
-ABOUT_ANSWERS = ("In %, with a 95% interval over questions: Wilson's, for as many questions as would give the "
-                 "variance that the questions' values have. pass@k: of k completions of a question one is right "
-                 "(reward 1), the unbiased estimate of Chen et al., 2107.03374. Cut: completions that did not "
-                 "end; unread: those in which the grader found nothing to grade, as far as it can say.")
+ABOUT_ANSWERS = (
+    "In %, with a 95% interval over questions: Wilson's, for as many questions as would give the variance "
+    "that the questions' values have. pass@k: of k completions of a question one is right (reward 1), the "
+    "unbiased estimate of Chen et al., 2107.03374. Cut: completions that did not end; unread: those in which "
+    "the grader found nothing to grade, as far as it can say.")
 
 
 def answers_table(answers):

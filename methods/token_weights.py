@@ -12,8 +12,8 @@ p is the student and q the teacher at token t of a rollout with T tokens, of whi
                 where H(q) > tau
 
 In tip h and d are scaled to 0 .. 1 over the Job, h without its largest 2%. selectkd is the greedy variant;
-its 5 and 0.01 we have at second hand. prefix's 100 is ours, and whole rollouts are sampled all the same. Weights
-of the method's own, as camopd's, are factors of these.
+its 5 and 0.01 we have at second hand, as eopd's 16. prefix's 100 is ours, and whole rollouts are sampled all
+the same. Weights of the method's own, as camopd's, are factors of these.
 """
 import math
 from collections.abc import Callable
