@@ -99,7 +99,7 @@ def test_our_own_code_passes(name):
     assert exercises.verdict(name, exercises.EXERCISES[name][0]) == "empty"
 
 
-@pytest.mark.parametrize("name, function, lacks", MISTAKES, ids=str)
+@pytest.mark.parametrize("name, function, lacks", MISTAKES, ids=[f"{x[0]}: {x[2]}" for x in MISTAKES])
 def test_a_mistake_is_told_what_it_lacks(name, function, lacks):
     said = exercises.verdict(name, function)
     assert said.startswith("not yet: ") and lacks in said
