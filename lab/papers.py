@@ -234,8 +234,8 @@ MANY_FACES = Recipe(
           "full vocabulary, the sampled token, and the student's 20 or 5 most probable tokens as they are "
           "(raw), with the gradient of their mass stopped (sg), renormalised (the paper's default; also of "
           "those that are the teacher's, too) or with the rest as one entry (tail). The paper's raw row with "
-          "20 collapses: its share of repeated 3-grams rises from .51 to .998 within 1,000 steps, its accuracy "
-          "falls to 0. Accuracy in %, greedy.",
+          "20 collapses: its share of repeated 3-grams rises from .51 to .998 within 1,000 steps, its "
+          "accuracy falls to 0. Accuracy in %, greedy.",
     prepare=[],
     common=dict(seed="{seed}", eval_prompts=["math500=HuggingFaceH4/MATH-500", "aime24=math-ai/aime24",
                                              "aime25=math-ai/aime25"],

@@ -39,6 +39,8 @@ class Recipe:
     differences: dict = field(default_factory=dict)         # {title: (row, the row that it is compared with)}
     table: dict = field(default_factory=dict)
     spent: bool = False             # the table also says what a row spent, the picture shows every seed's end
+    ends: dict = field(default_factory=dict)    # further columns, means of a row's last tenth of steps:
+                                                # {statistic of metrics.jsonl: (its heading, factor)}
     second: tuple = ()              # rows with two students, of whom the second is compared
     elsewhere: dict = field(default_factory=dict)   # {a paper's column that is not measured here: its needs}
     deviations: tuple = ()          # from the paper: what was changed, and why

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from config import Parser, Refused, nearest, number, one_line
 from data.files import own, write_file
+from losses import DIVERGENCES, SUPPORTS
 
 from . import papers, tables
 from .recipe import Recipe, hours
@@ -104,6 +105,40 @@ STORY = Recipe(
         "camopd-pg": [(19.6, None), (28.7, None), (37.9, None)],
     }},
     quick_prepare=["--generalist", "21000", "--specialist", "8000", "--evaluation", "240"],
+)
+
+
+# ---- small-objectives: every divergence, target and support ------------------------------------------------
+
+RKL = TAUGHT | dict(method="mopd", loss="rkl", eval_every=80)
+OBJECTIVES = Recipe(
+    about="Every divergence, target and support on the small world: mopd with both teachers, 160 updates of "
+          "64 completions, at the papers' knobs. Behind the divergences: rkl and fkl towards Veto's and "
+          "TAID's targets, fkl with entries clipped at 0.05, and rkl on the 3 largest of 81 entries. Entropy "
+          "(nats), agreement of the likeliest token (%), repeated 3-grams (%) and the size of the gradient "
+          "are means of the last 16 steps. Accuracy in %, greedy.",
+    prepare=STORY.prepare,
+    common=STORY.common,
+    rows={
+        "generalist": STORY.rows["generalist"],
+        "specialist": STORY.rows["specialist"],
+        **{loss: RKL | dict(loss=loss) for loss in (*DIVERGENCES, "pg")},
+        "rkl-veto": RKL | dict(target="veto"),
+        "fkl-veto": RKL | dict(loss="fkl", target="veto"),
+        "rkl-taid": RKL | dict(target="taid"),
+        "fkl-taid": RKL | dict(loss="fkl", target="taid"),
+        "fkl-clipped": RKL | dict(loss="fkl", entry_clip=0.05),
+        **{support: RKL | dict(support=support, top_k=3) for support in SUPPORTS
+           if support.startswith(("student", "teacher")) or support.endswith("renorm")},
+    },
+    columns=STORY.columns,
+    axes=STORY.axes,
+    references=STORY.references,
+    quick={"": dict(steps=8, eval_every=4, lr=5e-4), "generalist": dict(steps=160),
+           "specialist": dict(steps=60)},
+    quick_prepare=STORY.quick_prepare,
+    ends={"entropy_s": ("entropy", 1), "top1_agree": ("agreement", 100), "repeated": ("repeated", 100),
+          "grad_norm": ("gradient", 1)},
 )
 
 
@@ -401,6 +436,7 @@ ASSISTANT_RECIPE = Recipe(
 RECIPES = {
     "small": STORY,
     "small-all": SMALL_ALL,
+    "small-objectives": OBJECTIVES,
     "small-opcod": SMALL_OPCOD,
     "small-camopd": SMALL_CAMOPD,
     "assistant": ASSISTANT_RECIPE,

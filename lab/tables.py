@@ -1,5 +1,6 @@
 """Tables: what the runs of a recipe look like beside each other, from the files that they left."""
 import json
+import math
 import statistics
 
 from config import Refused
@@ -83,23 +84,26 @@ SPENT = {"updates": "updates", "sampled_tokens": "sampled, k", "step_tokens": "i
 
 
 def collect(recipe, out, seeds):
-    """Return {row: {"curve": [a value per seed], "minutes": [..], and of SPENT "sampled_tokens": [..] ..}}.
+    """Return {row: {"curve": [a value per seed], "minutes": [..], and of SPENT and recipe.ends [..] each}}.
 
     A curve is [(updates done, {set: accuracy})]. None stands for a seed that was not run.
     """
     results = {}
     for row, names in (recipe.table or {row: (row,) for row in recipe.rows}).items():
-        results[row] = {key: [] for key in ("curve", "minutes", *SPENT)}
+        results[row] = {key: [] for key in ("curve", "minutes", *SPENT, *recipe.ends)}
         for seed in range(seeds):
             runs = [read_finished(out / f"seed{seed}" / name) for name in names]
-            values = {} if None in runs else combine(runs, row in recipe.second)
+            values = {} if None in runs else combine(runs, recipe.ends, row in recipe.second)
             for key, found in results[row].items():
                 found.append(values.get(key))
     return results
 
 
-def combine(runs, second=False):
-    """Return {"curve", "minutes", and what SPENT names} of one row of one seed. second: of student 2 alone.
+def combine(runs, wanted=(), second=False):
+    """Return {"curve", "minutes", and what SPENT and `wanted` name} of one row of one seed.
+
+    wanted: statistics, of which the mean over the last tenth of the steps is taken. second: of student 2
+    alone.
 
     Of two runs, the first trained student 1 and the second student 2; their curve is its end.
     """
@@ -114,7 +118,10 @@ def combine(runs, second=False):
     steps = [step for steps, _ in runs for step in steps]
     seconds = [x for step in steps for part, x in step["seconds"].items() if part != "diagnose"]
     ends = [steps[-1] for steps, _ in runs]
+    last = [step for steps, _ in runs for step in steps[-math.ceil(len(steps) / 10):]]
+    found = {name: [step[name] for step in last if step.get(name) is not None] for name in wanted}
     return {"curve": curve, "minutes": sum(seconds) / 60, "updates": len(steps),
+            **{name: statistics.mean(values) for name, values in found.items() if values},
             "sampled_tokens": sum(end["sampled_tokens"] for end in ends),
             "step_tokens": sum(step["tokens"] for step in steps),
             "teacher_tokens": sum(end.get("teacher_tokens", 0) for end in ends)}
@@ -188,7 +195,7 @@ def record_rows(recipe, results):
         if recipe.table:
             first = next(iter(recipe.table))
             record[row]["pareto"] = improvements(recipe, results[first]["curve"], found["curve"])
-        record[row] |= {key: found[key] for key in ("minutes", *SPENT)}
+        record[row] |= {key: found[key] for key in ("minutes", *SPENT, *recipe.ends)}
     return record
 
 
@@ -201,7 +208,8 @@ def main_table(recipe, results, form):
     first = next(iter(recipe.table), None)
     pareto_headings = ["Pareto 1", "Pareto 2", "mutual Pareto"] if recipe.table else []
     spent = SPENT if recipe.spent else {}
-    table = [["", *columns.values(), *pareto_headings, *spent.values(), "minutes", *recipe.elsewhere]]
+    table = [["", *columns.values(), *pareto_headings, *spent.values(),
+              *(heading for heading, _ in recipe.ends.values()), "minutes", *recipe.elsewhere]]
     for row, record in record_rows(recipe, results).items():
         wanted = wanted_cells(recipe, expected, row)
         cells = [seeds_cell(record[column]) + cell for column, cell in zip(columns, wanted)]
@@ -211,10 +219,13 @@ def main_table(recipe, results, form):
         for key in spent:
             known, unit = defined(record[key]), 1 if key == "updates" else 1000
             cells.append(f"{statistics.mean(known) / unit:.0f}" if known else "not run")
+        for name, (_, factor) in recipe.ends.items():
+            known = defined(record[name])
+            cells.append(f"{factor * statistics.mean(known):.3g}" if known else "")
         cells.append(seeds_cell(record["minutes"], spread=False))
         table.append([row, *cells, *judged_cells(recipe, wanted)])
     for row in (row for row in expected if row not in results):
-        wanted, gap = wanted_cells(recipe, expected, row), [""] * len(spent)
+        wanted, gap = wanted_cells(recipe, expected, row), [""] * len([*spent, *recipe.ends])
         table.append([row, *(f"not here{cell}" for cell in wanted[:len(columns)]), *gap, "",
                       *judged_cells(recipe, wanted)])
     return table
@@ -360,7 +371,7 @@ DRAWN = ("cosine", "GCG, %", "GCG beyond chance, %", "step, 1e-3")          # of
 
 def draw_pictures(plt, recipe, results, compared, examined, out):
     """Draw where the rows went, their differences, and what was diagnosed."""
-    draw = draw_students if recipe.table else draw_ends if recipe.spent else draw_rows
+    draw = draw_students if recipe.table else draw_ends if recipe.spent or recipe.ends else draw_rows
     if recipe.axes:
         draw(plt, recipe, results, out / "curves.png")
     if compared:
