@@ -312,6 +312,20 @@ def test_a_table_of_everything_says_what_each_row_spent_and_shows_every_seed(tmp
     assert [text.get_text() for text in axis.texts] == ["start", "alone", "co"]
 
 
+def test_further_columns_are_means_of_the_last_tenth_of_the_steps(tmp_path):
+    recipe = pair(rows=dict.fromkeys(("first", "second"), {}), table={}, expected={},
+                  ends={"entropy_s": ("entropy", 1), "repeated": ("repeated, %", 100)})
+    for number in (0, 1):
+        for row, more in (("first", dict(repeated=0.5)), ("second", {})):
+            lines = [step(i, entropy_s=i + number, **more) for i in range(15)]
+            scores = dict(physics=0.5, chemistry=0.3)
+            leave(tmp_path / f"seed{number}" / row, [scored(-1, **scores), *lines, scored(14, **scores)])
+    tables.write_recipe("ends", recipe, tmp_path, 2, "full")
+    table = table_of((tmp_path / "report.md").read_text(), "")
+    assert table[""] == ["Phys.", "Chem.", "entropy", "repeated, %", "minutes"]
+    assert table["first"][2:4] == ["14", "50"] and table["second"][2:4] == ["14", ""]   # of 13, 14 and 14, 15
+
+
 def test_a_report_shows_rounds_what_was_left_out_and_the_weights_of_teachers(tmp_path, monkeypatch):
     panels = Panels(monkeypatch)
     weights = lambda i: {"good": 0.6 + i / 100, "misleading": 0.4 - i / 100}
