@@ -11,6 +11,9 @@ eval_domain.jsonl (others, graded by slot F1), general.jsonl (proxy instructions
 eval_general.jsonl (held-out questions, graded by whether the answer is prose: after this specialisation
 everything is answered in JSON).
 
+context.jsonl has requests whose teacher sees an example of every intent before them (teacher_prompt), and
+eval_context.jsonl others, graded by whether the answer is a line of JSON: what the student makes a habit of.
+
 Sources: SNIPS is a folder with the files of sonos/nlu-benchmark, or train.jsonl and validate.jsonl;
 instructions and held-out questions are JSON lines with `instruction` and perhaps `input`. Without these flags
 they are fetched from where their authors keep them.
@@ -35,7 +38,7 @@ INSTRUCTIONS = (f"{RAW}/yizhongw/self-instruct/main/data/seed_tasks.jsonl",     
                 f"{RAW}/yizhongw/self-instruct/main/human_eval/user_oriented_instructions.jsonl")
 HELD_OUT = (f"{RAW}/lm-sys/FastChat/main/fastchat/llm_judge/data/mt_bench/question.jsonl",     # Apache-2.0
             f"{RAW}/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl")
-COUNTS = dict(train=3500, evaluation=120, held_out=48)
+COUNTS = dict(train=3500, evaluation=120, held_out=48, context=480)
 MOST_WORDS = 45                                                 # of a proxy instruction
 
 
@@ -57,6 +60,11 @@ def pairs(text):
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         return set()
     return {(name, " ".join(value.split()).casefold()) for name, value in found.items()}
+
+
+def line_of_json(completion, row):
+    """Return whether an answer is one JSON object of texts, with whatever intent and slots."""
+    return float(bool(pairs(completion)))
 
 
 def prose(completion, row):
@@ -118,8 +126,15 @@ def instructions(sources):
     return [text for text, short in found.items() if text and short]
 
 
-def build(out, seed, snips_folder, proxies, questions, train, evaluation, held_out):
-    """Write the four files into a folder."""
+def examples(rows):
+    """Return the chat messages that show the first request of every intent with its line."""
+    first = {json.loads(row["answer"])["intent"]: row for row in reversed(rows)}
+    return [{"role": role, "content": first[intent][field]} for intent in sorted(first)
+            for role, field in (("user", "prompt"), ("assistant", "answer"))]
+
+
+def build(out, seed, snips_folder, proxies, questions, train, evaluation, held_out, context):
+    """Write the six files into a folder."""
     rng = random.Random(seed)
     requests = {part: [parsed(*row) for row in snips(snips_folder, part)] for part in ("train", "validate")}
     seen = {row["prompt"] for row in requests["validate"]}
@@ -129,6 +144,13 @@ def build(out, seed, snips_folder, proxies, questions, train, evaluation, held_o
              "general": [{"prompt": text} for text in instructions(proxies)],
              "eval_general": [{"prompt": text, "answer": "prose", "grader": "data/assistant.py:prose"}
                               for text in pick(instructions(questions), held_out)]}
+    shown = examples(files["domain"])
+    files["context"] = [{"prompt": row["prompt"],
+                         "teacher_prompt": [*shown, {"role": "user", "content": row["prompt"]}]}
+                        for row in pick(files["domain"], context)]
+    files["eval_context"] = [{"prompt": row["prompt"], "answer": "JSON",
+                              "grader": "data/assistant.py:line_of_json"}
+                             for row in files["eval_domain"][:held_out]]
     asked = {row["prompt"] for row in files["eval_general"]}
     files["general"] = [row for row in files["general"] if row["prompt"] not in asked]
     out.mkdir(parents=True, exist_ok=True)

@@ -433,6 +433,27 @@ ASSISTANT_RECIPE = Recipe(
 )
 
 
+# ---- context: a habit instead of examples ------------------------------------------------------------------
+
+HABIT = dict(student="{dir}/world/model", method="context", prompts=["{dir}/world/context.jsonl"], steps=60)
+CONTEXT = Recipe(
+    about="On-policy context distillation (OPCD) on SmolLM2-135M-Instruct. The teacher is the model itself, "
+          "which sees seven requests to a voice assistant answered in JSON before each request; the student "
+          "sees the request alone. JSON: share of held-out requests that the student answers in one line of "
+          "JSON, in %. Prose: share of general questions that it goes on to answer in prose, in %: what was "
+          "not asked for. Greedy, at most 48 tokens.",
+    prepare=ASSISTANT_RECIPE.prepare,
+    common=dict(seed="{seed}", batch=16, lr=5e-5, warmup=3, max_new_tokens=48, micro_tokens=2048,
+                save_every=15, eval_every=15, eval_prompts=["json={dir}/world/eval_context.jsonl",
+                                                            "prose={dir}/world/eval_general.jsonl"]),
+    rows={"rkl": HABIT, "fkl": HABIT | dict(loss="fkl"), "jsd": HABIT | dict(loss="jsd")},
+    columns={"json": "requests answered in JSON", "prose": "questions answered in prose"},
+    axes={"questions answered in prose, %": ("prose",), "requests answered in JSON, %": ("json",)},
+    references=(),
+    quick={"": dict(steps=30)},
+)
+
+
 RECIPES = {
     "small": STORY,
     "small-all": SMALL_ALL,
@@ -440,6 +461,7 @@ RECIPES = {
     "small-opcod": SMALL_OPCOD,
     "small-camopd": SMALL_CAMOPD,
     "assistant": ASSISTANT_RECIPE,
+    "context": CONTEXT,
     **papers.RECIPES,
 }
 

@@ -45,6 +45,13 @@ def test_the_files_are_what_the_recipe_trains_and_evaluates_on(tmp_path, sources
     assert [row["prompt"] for row in files["eval_general"]] == ["Q?"]
     for row in files["eval_domain"] + files["eval_general"]:
         assert grade(row["grader"], row.get("solution", "It is."), row["answer"], row) == 1
+    shown, = files["context"]                               # the only request is its only example
+    assert [(m["role"], m["content"]) for m in shown["teacher_prompt"]] == [
+        ("user", "play U2 and Sia"), ("assistant", files["domain"][0]["solution"]), ("user", shown["prompt"])]
+    asked, = files["eval_context"]
+    assert asked["prompt"] == files["eval_domain"][0]["prompt"]
+    grades = [grade(asked["grader"], text, "JSON", asked) for text in ('{"a": "b"}', "It is.", "{}")]
+    assert grades == [1, 0, 0]
 
 
 def test_a_source_that_cannot_be_reached_is_one_line(tmp_path, sources, monkeypatch, capsys):
