@@ -4,12 +4,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"          # a name that is no folder fails at 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny models gain nothing from more, and a busy machine waits
 
 import json
+import signal
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # read when the kernels are imported
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # as a shell does for a command in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import opd
 from data import small_world

@@ -278,7 +278,7 @@ PIECES = {"number": (["x = ", "5", "-", ".", "$", "1,2", "\\boxed{3}", "\\boxed{
 @pytest.mark.parametrize("grader", PIECES)
 def test_a_rationale_with_the_right_answer_is_graded_as_correct(grader):
     """Whatever the text is made of. Only exact grades the rationale, too: it has to be right by itself."""
-    assert PIECES.keys() == GRADERS.keys()
+    assert PIECES.keys() == {name for name in GRADERS if GRADERS[name].form}
     pieces, answers = PIECES[grader]
     texts, split = [text for n in range(5) for text in map("".join, itertools.product(pieces, repeat=n))], 0
     for text, answer in itertools.product(texts, answers):
