@@ -602,13 +602,12 @@ class Run:
                 assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
                 assert jobs, f"{self.cfg.method} has yielded no rollouts"
-                beside = weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
-                beside += anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
-                jobs += beside
+                anchored = anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
                 if self.cfg.drop_cut:
-                    for job in jobs:
+                    for job in jobs + anchored:
                         job.leave_out_cut()
-                yield jobs
+                jobs += weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
+                yield jobs + anchored
                 progress.update()
 
     def steps(self):

@@ -604,6 +604,31 @@ def test_token_weights_and_the_methods_own_are_factors(start):
 
 
 @pytest.mark.parametrize("name", list(RULES))
+def test_a_teacher_reads_a_rollout_once_for_its_gaps_and_its_tokens_weights(start, name):
+    plain, weighted = (start(method="mopd", steps=1, **more) for more in ({}, dict(token_weight=name)))
+    for run in (plain, weighted):
+        opd.train(run)
+    assert plain.state["teacher_tokens"] == weighted.state["teacher_tokens"] > 0
+
+
+def test_what_is_not_learned_from_has_no_part_in_the_scale_of_tip(start):
+    """With --drop_cut a rollout that was cut is not read, and others have the weights that they have without it."""
+    run = double(start(loss="rkl", token_weight="tip", token_knob=0.3, drop_cut=True))
+    run.sample = lambda *_: lively(run)
+    eos = run.student.stops[0]
+    ends = [r for r in lively(run) if len(r.ids_T) > 2]
+    for r in ends:
+        r.ids_T[-1] = eos
+    cut = max(lively(run), key=lambda r: len(r.ids_T))
+    run.sample = lambda *_: [cut, *ends]
+    job, = next(run.jobs())
+    expected = by_definition("tip", [[x.detach() for x in both(run, r)] for r in ends], 0.3)
+    assert not torch.as_tensor(job.weights[0]).any() and job.hidden_t[0] is None
+    for w_T, other_T in zip(job.weights[1:], expected, strict=True):
+        assert w_T.tolist() == pytest.approx(other_T.tolist())
+
+
+@pytest.mark.parametrize("name", list(RULES))
 @pytest.mark.parametrize("method", ["opd", "mopd", "camopd"])
 def test_methods_train_with_every_token_weight_beside_the_other_terms(start, method, name):
     """Nothing is counted twice, and what a step says is of the method's own Jobs."""
