@@ -603,6 +603,26 @@ def test_token_weights_and_the_methods_own_are_factors(start):
     assert 0 < kept < len(ours.rollouts)
 
 
+def test_exopds_reference_counts_as_a_teacher_that_reads(start):
+    plain, beyond = (start(method=method, steps=1) for method in ("mopd", "exopd"))
+    for run in (plain, beyond):
+        opd.train(run)
+    assert beyond.state["teacher_tokens"] == 2 * plain.state["teacher_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["tip", "selectkd", "eopd"])
+def test_log_p_is_computed_once_where_a_method_selects_and_tokens_are_weighed(start, monkeypatch, name):
+    run, asked = start(method="camopd", schedule="1", mass=1, steps=1, token_weight=name), []
+    log_probs = type(run.student).log_probs
+
+    def noted(model, prompts, completions, *rest):
+        asked.extend(completions if model is run.student else [])
+        return log_probs(model, prompts, completions, *rest)
+    monkeypatch.setattr(type(run.student), "log_probs", noted)
+    next(run.jobs())
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize("name", list(RULES))
 def test_a_teacher_reads_a_rollout_once_for_its_gaps_and_its_tokens_weights(start, name):
     plain, weighted = (start(method="mopd", steps=1, **more) for more in ({}, dict(token_weight=name)))
