@@ -694,6 +694,8 @@ def check_students(cfg, method):
     """Refuse more or fewer students than the method has."""
     if len(cfg.student) == method.students:
         return
+    if cfg.eval_only:
+        raise Refused(f"--eval_only evaluates one student, not {len(cfg.student)}; give each its own run")
     if method.students == 1:
         raise Refused(f"--method {cfg.method} has one student; two tutor each other with --method opcod")
     raise Refused(f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")

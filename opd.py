@@ -95,7 +95,7 @@ def score(job, gaps, micro_tokens):
     need_gaps = gaps or objective.label == "pg" or job.lp is not None
     read = [i for i in range(len(rollouts))
             if (job.weights is None or torch.as_tensor(job.weights[i]).any())
-            and (need_states and hidden[i] is None or need_gaps and lp[i] is None)]
+            and (need_states and hidden[i] is None or need_gaps and lq[i] is None)]
     if teacher is None or not read:
         return 0
     lengths = {i: len(rollouts[i].teacher_ids) + len(rollouts[i].ids_T) for i in read}
@@ -113,8 +113,9 @@ def score(job, gaps, micro_tokens):
     if need_states:
         job.hidden_t = hidden
     if need_gaps:
-        prompts, completions = [rollouts[i].prompt_ids for i in read], [rollouts[i].ids_T for i in read]
-        put(lp, read, learner.log_probs(prompts, completions, micro_tokens, objective.temperature))
+        new = [i for i in read if lp[i] is None]
+        prompts, completions = [rollouts[i].prompt_ids for i in new], [rollouts[i].ids_T for i in new]
+        put(lp, new, learner.log_probs(prompts, completions, micro_tokens, objective.temperature))
         job.lp, job.lq = lp, lq
     return sum(lengths.values())
 
@@ -602,13 +603,12 @@ class Run:
                 assert isinstance(jobs, list), f"{self.cfg.method} yields lists of Jobs, not {type(jobs)}"
                 jobs = [job for job in jobs if job.rollouts]
                 assert jobs, f"{self.cfg.method} has yielded no rollouts"
-                beside = weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
-                beside += anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
-                jobs += beside
+                anchored = anchors(self, jobs) if getattr(self.cfg, "kl_weight", 0) else []
                 if self.cfg.drop_cut:
-                    for job in jobs:
+                    for job in jobs + anchored:
                         job.leave_out_cut()
-                yield jobs
+                jobs += weigh_tokens(self, jobs) if getattr(self.cfg, "token_weight", None) else []
+                yield jobs + anchored
                 progress.update()
 
     def steps(self):

@@ -192,19 +192,23 @@ def is_chat(prompt):
         for m in prompt)
 
 
-def read_system(path):
-    """Return the text of a --teacher_system file; refuse what is no text, or blank."""
+def read_text(flag, path):
+    """Return the text of a flag's file; refuse what is no text."""
     try:
-        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
-            raise Refused(f"cannot read --teacher_system {path}: it is no file")
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        if not Path(path).exists() or Path(path).is_file():         # a pipe would be waited for
+            return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise Refused(f"cannot read --teacher_system {path}: {error.strerror}") from None
+        raise Refused(f"cannot read {flag} {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise Refused(f"--teacher_system {path} is not UTF-8 text ({error})") from None
-    except ValueError as error:                                 # a NUL in its name, say; or from above
-        raise error if isinstance(error, Refused) else Refused(
-            f"cannot read --teacher_system {path!r}: {first_line(error)}") from None
+        raise Refused(f"{flag} {path} is not UTF-8 text ({error})") from None
+    except ValueError as error:                                     # a NUL in its name, say
+        raise Refused(f"cannot read {flag} {path!r}: {first_line(error)}") from None
+    raise Refused(f"cannot read {flag} {path}: it is no file")
+
+
+def read_system(path):
+    """Return the text of a --teacher_system file; refuse a blank one."""
+    text = read_text("--teacher_system", path).strip()
     if not text:
         raise Refused(f"--teacher_system {path} is blank, so a teacher would see nothing more")
     return text

@@ -27,6 +27,9 @@ rollouts are those that hold the branch's `mass` of the gap (0.8 where the metho
 Gradients that take more than LARGEST bytes together are compared in some of their entries, always the same
 ones drawn at random: coherence, signal and errors are estimates then. With --diagnose_layers only the last
 layers count, and steps are left out, since clipping needs the norm of the whole gradient.
+
+What stands beside the teachers' objective is left out: --token_weight, --kl_weight, and --reward_weight, since
+a rollout alone has none to be compared with.
 """
 import contextlib
 import copy
@@ -77,6 +80,7 @@ def rollouts_per_branch(cfg):
 def measure(run, rollouts, parameters, total, gradients):
     """Return the Measured of one branch. total: the number of rollouts of all branches together."""
     [job] = run.route(rollouts)
+    job.objective = replace(job.objective, reward=0.0)
     run.score([job])
     halves = [half(job, 0), half(job, 1)]
 

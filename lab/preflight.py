@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.check import fixed_texts
 from kernels.chunked import CHUNK_BYTES
+from methods.token_weights import RULES
 from models import average_values, fake_mode, tensors
 from sampler import LOGITS, PREFILL, row_bytes
 
@@ -78,7 +79,7 @@ def distinct(run):
 
 def about_models(run):
     """Say which models there are, how large they are, and how much of them learns."""
-    roles = dict.fromkeys(run.students, "student")
+    roles = dict.fromkeys(run.self_teachers, "itself") | dict.fromkeys(run.students, "student")
     for model in [*run.students, *distinct(run)]:
         role = roles.get(model, "teacher")
         count = sum(p.numel() for p in model.net.parameters())
@@ -88,7 +89,7 @@ def about_models(run):
             what = "the student without its adapter"
         elif learns:
             what += f", of which {learns / 1e9:.3f} B learn"
-        print(f"{role}  {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
+        print(f"{role:8} {model.path}: {type(model.net).__name__}, {what}, {run.cfg.dtype}")
 
 
 def about_tokens(run):
@@ -103,7 +104,7 @@ def about_tokens(run):
               f"{len(model.net.get_output_embeddings().weight):,} rows in the head; the first "
               f"{student.vocab:,} are shared, the other rows have no probability")
     if kind := getattr(run.cfg, "self_teacher", None):
-        print(f"itself   the student is its own teacher ({kind}), and reads up to "
+        print(f"itself   the student is its own teacher or reference ({kind}), and reads up to "
               f"{longest_read(run):,} tokens before the completion")
 
 
@@ -372,7 +373,8 @@ def update_bytes(model, sequences, length, again):
 
 def has_divergence(run):
     """Return whether a step computes a divergence, as its loss or beside it."""
-    return run.objective.divergence or getattr(run.cfg, "kl_weight", 0)
+    rule = RULES.get(getattr(run.cfg, "token_weight", None))
+    return run.objective.divergence or getattr(run.cfg, "kl_weight", 0) or rule and rule.sees == "both"
 
 
 def buffer_bytes(run, tokens):

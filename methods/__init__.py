@@ -51,7 +51,7 @@ import pkgutil
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,6 +147,11 @@ def jobs_by_branch(run, learner, teacher, rollouts, weights):
     weight = {id(rollout): w for rollout, w in zip(rollouts, weights, strict=True)}
     return [Job(learner, teacher, group, run.objective, [weight[id(r)] for r in group])
             for group in by_branch(rollouts).values()]
+
+
+def as_the_student_sees(rollouts):
+    """Return the same rollouts for a teacher that sees no more than the student."""
+    return [replace(r, teacher_ids=r.prompt_ids) for r in rollouts]
 
 
 def written_once(run, prompts, write, key="written"):
@@ -286,8 +291,9 @@ def any_divergence(first, *others):
 
 DIAGNOSED = dict(diagnose_every=0, diagnose_rollouts=None, diagnose_layers=0)
 TOKENS = dict(token_weight=None, token_knob=None)
-EMA = dict(self_teacher="ema", ema_rate=0.05, templates=None)
-FROZEN = EMA | dict(self_teacher="frozen")
+START = dict(self_teacher="frozen", ema_rate=0.05)
+FROZEN = START | dict(templates=None)
+EMA = FROZEN | dict(self_teacher="ema")
 
 # Last, since these files import what stands above: every file of this folder may register methods.
 for file in pkgutil.iter_modules(__path__):

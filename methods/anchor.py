@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from losses import LOSSES
 
-from . import Job
+from . import Job, as_the_student_sees
 
 
 def anchors(run, jobs):
@@ -15,7 +15,7 @@ def anchors(run, jobs):
     beta, out = run.cfg.kl_weight, []
     kl = replace(LOSSES["rkl"], temperature=run.cfg.loss_temperature)
     for job in jobs:
-        rollouts = [replace(r, teacher_ids=r.prompt_ids) for r in job.rollouts]
+        rollouts = as_the_student_sees(job.rollouts)
         out.append(Job(job.learner, run.self_teacher(job.learner), rollouts, kl, [beta] * len(rollouts),
                        beside="anchor"))
     return out

@@ -1,7 +1,7 @@
 """On-policy context distillation: learning to do without a text what one does with it."""
 from data.check import check_messages
 
-from . import any_divergence, jobs_by_branch, method
+from . import START, any_divergence, jobs_by_branch, method
 
 
 def reads(run, model, row):
@@ -11,7 +11,7 @@ def reads(run, model, row):
 
 
 @method(losses=any_divergence("rkl", "pg"), teachers="none", needs=("teacher_prompt",), reads=reads,
-        defaults=dict(self_teacher="frozen", ema_rate=0.05, teacher_system=None, rollouts=1))
+        defaults=START | dict(teacher_system=None, rollouts=1))
 def context(run):
     """On-policy context distillation: the self-teacher sees a context c and the prompt x, the student x.
 

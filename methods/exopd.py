@@ -7,10 +7,10 @@ normalised: a constant in A has no expected gradient. lambda 1 is OPD; the optim
 """
 from config import NOT_NEGATIVE
 
-from . import method
+from . import START, Job, as_the_student_sees, method
 
 
-@method(losses=("pg",), defaults=dict(rollouts=1, self_teacher="frozen", ema_rate=0.05))
+@method(losses=("pg",), defaults=dict(rollouts=1) | START)
 def exopd(run, *, exopd_lambda: NOT_NEGATIVE = 1.25):
     """On-policy distillation from an extrapolated teacher: what it does more than the reference, enlarged.
 
@@ -21,9 +21,8 @@ def exopd(run, *, exopd_lambda: NOT_NEGATIVE = 1.25):
         jobs = run.route(run.sample(run.student, run.draw()))           # one Job per branch, with its teacher
         run.score(jobs)                                                 # fills log p(y), log q(y)
         for job in jobs:
-            prompts, completions = zip(*[(r.prompt_ids, r.ids_T) for r in job.rollouts])
-            with run.timed("score"), reference.on_device():
-                lr = reference.log_probs(prompts, completions, run.cfg.micro_tokens,
-                                         job.objective.temperature)
-            job.lq = [exopd_lambda * lq_T + (1 - exopd_lambda) * lr_T for lq_T, lr_T in zip(job.lq, lr)]
+            known = Job(run.student, reference, as_the_student_sees(job.rollouts), job.objective, lp=job.lp)
+            run.score([known])                                          # fills log r(y)
+            job.lq = [exopd_lambda * lq_T + (1 - exopd_lambda) * lr_T
+                      for lq_T, lr_T in zip(job.lq, known.lq)]
         yield jobs

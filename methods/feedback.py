@@ -14,11 +14,10 @@ import json
 import re
 import string
 import unicodedata
-from pathlib import Path
 
 from config import Refused, nearest, parse_json
 from data.graders import without_thinking
-from data.prompts import is_chat
+from data.prompts import is_chat, read_text
 
 OUTCOMES = ("kept", "fb_none", "no_concept_tag", "empty", "all_generic", "no_match")     # Table 3
 MOST_WORDS = 120                                                       # [ours] the prompt asks for 80
@@ -87,15 +86,10 @@ def read_templates(path):
 
     Whatever is unusable is refused in one line. A literal brace is written twice, as for str.format.
     """
+    text = read_text("--templates", path)
     try:
-        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
-            raise Refused(f"cannot read --templates {path}: it is no file")
-        given = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        given = parse_json(text)
         json.dumps(given, ensure_ascii=False).encode()          # half of a surrogate pair is no text
-    except OSError as error:
-        raise Refused(f"cannot read --templates {path}: {error.strerror}") from None
-    except Refused:
-        raise
     except ValueError as error:
         raise Refused(f"{path}: not JSON ({error})") from None
     if not isinstance(given, dict):

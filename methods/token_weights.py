@@ -79,7 +79,8 @@ def statistics(run, job, given, sees):
     if not sees:
         return places, found, None
     probe = replace(job, objective=replace(LOSSES["rkl"], temperature=run.cfg.loss_temperature))
-    run.score([probe], gaps=False)                              # the teacher reads; nothing but its states
+    run.score([probe], gaps=job.objective.label == "pg")        # the teacher reads, once for all
+    job.lp, job.lq = probe.lp, probe.lq
     if job.objective.divergence:
         job.hidden_t = probe.hidden_t
     learner, head_t_VH = job.learner, job.teacher.head_VH.detach().to(job.learner.device)

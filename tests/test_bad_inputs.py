@@ -840,7 +840,7 @@ TEMPLATES = [
         "--templates has no effect on --method opd; it is for: star, opsd"),
     texts("--templates that are empty", "", "not JSON"),
     texts("--templates that are cut", '{"solution": "', "not JSON"),
-    texts("--templates that are not UTF-8", b'{"solution": "\xe9"}', "not JSON"),
+    texts("--templates that are not UTF-8", b'{"solution": "\xe9"}', "is not UTF-8 text"),
     texts("--templates of deep JSON", '{"x": ' * 100_000, "not JSON"),
     texts("--templates that are a list", "[]", "templates are one JSON object, not '[]'"),
     texts("a template that is unknown", '{"sollution": "{solution}"}',

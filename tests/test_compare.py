@@ -199,6 +199,11 @@ def test_what_is_of_training_has_no_effect_on_an_evaluation(name):
         opd.configure([*line, f"--{name}", *given])
 
 
+def test_an_evaluation_is_of_one_student():
+    with pytest.raises(Refused, match="^--eval_only evaluates one student, not 2"):
+        opd.configure(["--student", "a", "b", "--eval_prompts", "e", "--device", "cpu", "--eval_only"])
+
+
 def test_an_evaluation_needs_no_memory_of_training(start, evaluation):
     run = opd.Run(opd.configure(evaluation(dtype="bfloat16")))
     assert run.learners == run.students and not hasattr(run.student, "optimizers")

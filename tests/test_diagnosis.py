@@ -187,6 +187,22 @@ def test_gradients_of_single_rollouts_add_up_to_the_methods(start, two, loss):
                                        **close)
 
 
+def test_a_reward_beside_the_teacher_is_not_diagnosed(start, two, prompts):
+    """A prompt that is asked more than once in a diagnosis does not bring it in."""
+    def graded(**flags):
+        run = start(**two | dict(loss="pg", rollouts=2, reward_weight=0) | flags)
+        rollouts = run.sample(run.student, [run.prompts["first"][0]] * 4, n=1)
+        for i, r in enumerate(rollouts):
+            r.reward = float(i % 2)
+        return measure(run, rollouts, 4).gradients_ND
+    rows = [{"prompt": f"rev {x}>", "answer": x} for x in ("ab", "cde")]
+    files = lambda prompts: [f"{name}={prompts(name + 'answers', rows)}" for name in ("first", "second")]
+    torch.manual_seed(0)
+    alone = graded(prompts=files(prompts))
+    torch.manual_seed(0)
+    assert torch.equal(alone, graded(prompts=files(prompts), reward_weight=50)) and alone.any()
+
+
 def test_every_method_that_can_be_diagnosed_is(start, two, models):
     able = [name for name, method in METHODS.items() if "diagnose_every" in method.defaults]
     assert able == ["opd", "mopd", "camopd", "focus"]

@@ -603,6 +603,51 @@ def test_token_weights_and_the_methods_own_are_factors(start):
     assert 0 < kept < len(ours.rollouts)
 
 
+def test_exopds_reference_counts_as_a_teacher_that_reads(start):
+    plain, beyond = (start(method=method, steps=1) for method in ("mopd", "exopd"))
+    for run in (plain, beyond):
+        opd.train(run)
+    assert beyond.state["teacher_tokens"] == 2 * plain.state["teacher_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["tip", "selectkd", "eopd"])
+def test_log_p_is_computed_once_where_a_method_selects_and_tokens_are_weighed(start, monkeypatch, name):
+    run, asked = start(method="camopd", schedule="1", mass=1, steps=1, token_weight=name), []
+    log_probs = type(run.student).log_probs
+
+    def noted(model, prompts, completions, *rest):
+        asked.extend(completions if model is run.student else [])
+        return log_probs(model, prompts, completions, *rest)
+    monkeypatch.setattr(type(run.student), "log_probs", noted)
+    next(run.jobs())
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_teacher_reads_a_rollout_once_for_its_gaps_and_its_tokens_weights(start, name):
+    plain, weighted = (start(method="mopd", steps=1, **more) for more in ({}, dict(token_weight=name)))
+    for run in (plain, weighted):
+        opd.train(run)
+    assert plain.state["teacher_tokens"] == weighted.state["teacher_tokens"] > 0
+
+
+def test_what_is_not_learned_from_has_no_part_in_the_scale_of_tip(start):
+    """With --drop_cut a rollout that was cut is not read, and others have the weights that they have without it."""
+    run = double(start(loss="rkl", token_weight="tip", token_knob=0.3, drop_cut=True))
+    run.sample = lambda *_: lively(run)
+    eos = run.student.stops[0]
+    ends = [r for r in lively(run) if len(r.ids_T) > 2]
+    for r in ends:
+        r.ids_T[-1] = eos
+    cut = max(lively(run), key=lambda r: len(r.ids_T))
+    run.sample = lambda *_: [cut, *ends]
+    job, = next(run.jobs())
+    expected = by_definition("tip", [[x.detach() for x in both(run, r)] for r in ends], 0.3)
+    assert not torch.as_tensor(job.weights[0]).any() and job.hidden_t[0] is None
+    for w_T, other_T in zip(job.weights[1:], expected, strict=True):
+        assert w_T.tolist() == pytest.approx(other_T.tolist())
+
+
 @pytest.mark.parametrize("name", list(RULES))
 @pytest.mark.parametrize("method", ["opd", "mopd", "camopd"])
 def test_methods_train_with_every_token_weight_beside_the_other_terms(start, method, name):

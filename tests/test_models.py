@@ -19,6 +19,7 @@ from data import scratch, small_world
 from lab import preflight
 from losses import Objective
 from methods import METHODS, Job
+from methods.token_weights import RULES
 from text import end_of_turn
 
 QUESTIONS = [{"prompt": f"What is {a} and {b}?", "answer": str(a + b), "solution": f"It is {a + b}.",
@@ -525,6 +526,23 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompt
     assert measured.keys() == set(preflight.PHASES) - ({"sample"} if fixed else set())
     for phase, peak in measured.items():
         assert predicted[phase] == pytest.approx(peak, rel=0.1), (phase, predicted, measured, parts)
+
+
+@pytest.mark.parametrize("given", [dict(kl_weight=0.1), *[dict(token_weight=name) for name in RULES]], ids=str)
+def test_terms_that_need_both_models_logits_have_both_buffers(start, given):
+    logits = lambda **more: preflight.memory(start(method="mopd", dry_run=True, **more))["logits of the fused loss"]
+    both = given.get("token_weight") not in ("selectkd", "prefix")      # that sort, and that look at nothing
+    assert logits(**given)["score"] == logits()["score"] * (1 + both)
+
+
+@pytest.mark.parametrize("given, roles", [
+    (dict(method="opd", kl_weight=0.1), ["student", "teacher", "itself"]), (dict(method="opd"), ["student", "teacher"]),
+    (dict(method="context"), ["student", "itself"]), (dict(method="context", self_teacher="live"), ["student"])],
+    ids=str)
+def test_a_dry_run_names_the_student_as_it_started(start, capsys, given, roles):
+    preflight.about_models(start(dry_run=True, **given))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == roles and {line.index("/") for line in lines} == {9}
 
 
 def test_a_dry_run_says_how_much_a_self_teacher_reads(start, capsys):
