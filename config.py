@@ -323,7 +323,8 @@ FLAGS = {
         "ce_weight": Flag(0.0, "weight of -log p(y) of the fixed texts beside the divergence, also at "
                           "--loss_temperature; Hinton et al., 1503.02531", NOT_NEGATIVE, of_methods=True),
         "kl_weight": Flag(0.0, "weight of KL(p || the student as it started) beside the loss, at every "
-                          "token; 0.04 in GRPO, 2402.03300", NOT_NEGATIVE, of_methods=True),
+                          "token, also at --loss_temperature; 0.04 in GRPO, 2402.03300", NOT_NEGATIVE,
+                          of_methods=True),
         "token_weight": Flag(None, "which tokens count, by what both models think there: see "
                              "methods/token_weights.py",
                              OneOf("entropy", "tip", "selectkd", "prefix", "eopd"), of_methods=True),

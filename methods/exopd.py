@@ -5,13 +5,20 @@
 is the gap to an extrapolated teacher q', log q'(y) = lambda log q(y) + (1 - lambda) log r(y), which is not
 normalised: a constant in A has no expected gradient. lambda 1 is OPD; the optimum is p proportional to q'.
 """
-from config import NOT_NEGATIVE
+from config import POSITIVE, Refused
 
 from . import START, Job, as_the_student_sees, method
 
 
-@method(losses=("pg",), defaults=dict(rollouts=1) | START)
-def exopd(run, *, exopd_lambda: NOT_NEGATIVE = 1.25):
+def check(cfg):
+    """Refuse a reference that moves with the student."""
+    if cfg.self_teacher != "frozen":
+        raise Refused(f"--self_teacher {cfg.self_teacher}: the reference of --method exopd is the student as "
+                      "it started, frozen")
+
+
+@method(losses=("pg",), check=check, defaults=dict(rollouts=1) | START)
+def exopd(run, *, exopd_lambda: POSITIVE = 1.25):
     """On-policy distillation from an extrapolated teacher: what it does more than the reference, enlarged.
 
     exopd_lambda    how far beyond the reference; 1 = to the teacher, 1.25 the paper's, at 1.5 it was unstable

@@ -44,7 +44,8 @@ def opsd(run):
     Zhao et al., 2601.18734v3: forward KL over the full vocabulary, each entry clipped before the sum. The
     clip is their code's default; its scripts have others, down to 1e-7. The defaults are the paper's, but
     for its sampling from the top 20 and .95, and its student that does not think: for that switch off its
-    thinking by --chat_template_kwargs. The teacher thinks where its template has Qwen3's switch.
+    thinking by --chat_template_kwargs. The teacher thinks where its template has Qwen3's switch. Another
+    --loss has the same clip and temperature, unless they are given, too.
     """
     for step in run.steps():
         rollouts = run.sample(run.student, run.draw())
