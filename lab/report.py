@@ -112,7 +112,8 @@ def markdown_table(rows):
 
     A | in a cell, as in KL(p || q), would begin another one.
     """
-    header, *others = ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |" for row in rows]
+    header, *others = ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |"
+                       for row in rows]
     return "\n".join([header, "| " + " | ".join(["---"] * len(rows[0])) + " |", *others])
 
 
