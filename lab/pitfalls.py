@@ -121,7 +121,8 @@ def raw_top_k():
         for title, ys in zip(titles, zip(*found)):
             curves[title][form] = range(200), ys
         numbers[f"{form}: {', '.join(titles)} at the end"] = tuple(found[-1])
-        numbers[f"{form}: tokens of a text, share of repeated 3-grams"] = sum(map(len, texts)) / 64, repeated(texts)
+        numbers[f"{form}: tokens of a text, share of repeated 3-grams"] = (
+            sum(map(len, texts)) / 64, repeated(texts))
     return numbers, [(f"{title}, nats", "step", curves[title], {}) for title in titles]
 
 
