@@ -696,7 +696,7 @@ def check_students(cfg, method):
     if len(cfg.student) == method.students:
         return
     if cfg.eval_only:
-        raise Refused(f"--eval_only evaluates one student, not {len(cfg.student)}; give each its own run")
+        raise Refused("--eval_only has one --student; evaluate each in a folder of its own")
     if method.students == 1:
         raise Refused(f"--method {cfg.method} has one student; two tutor each other with --method opcod")
     raise Refused(f"--method {cfg.method} needs two students, --student A B, but got {len(cfg.student)}")
@@ -834,8 +834,8 @@ def check_same_experiment(cfg, before):
         if now[name] != before.get(name) and not may_change:
             if name.endswith("_sha256"):
                 then = before.get(name) if isinstance(before.get(name), dict) else {}
-                others = [key for key in now[name] if now[name][key] != then.get(key)]
-                raise Refused(f"--resume with another content of {', '.join(others) or name} would be "
-                              "another experiment; choose another --out")
+                others = [key for key in {**then, **now[name]} if now[name].get(key) != then.get(key)]
+                raise Refused(f"--resume with another content of {', '.join(others)} would be another "
+                              "experiment; choose another --out")
             raise Refused(f"--resume with another {name} ({now[name]}, was {before.get(name)}) would be "
                           "another experiment; choose another --out")

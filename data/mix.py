@@ -44,13 +44,15 @@ def main(argv=None):
         args, files = parser.parse_args(argv), {}
         out = Path(args.out)
         for part in args.parts:
-            if not (found := re.fullmatch(r"([\w-]+)=(\d+):(.+)", part)):
+            if not (found := re.fullmatch(r"([\w-]+)=(0*[1-9]\d*):(.+)", part)):
                 raise Refused(f"{part} is not NAME=COUNT:SOURCE, as in domain=4000:openlifescienceai/medmcqa")
             files.setdefault(found[1], []).append((int(found[2]), found[3]))
         out.mkdir(parents=True, exist_ok=True)
         for name, sources in files.items():
             path = out / f"{name}.jsonl"
-            if not path.exists():
+            if path.exists():
+                print(f"{path} is there and stays as it is")
+            else:
                 rows = [row for count, source in sources
                         for row in draw(source, count, args.characters,
                                         random.Random(f"mix {args.seed} {name} {source}"))]

@@ -1,4 +1,4 @@
-"""A paired comparison of two runs on the questions that both have answered, from their eval.jsonl
+"""A paired comparison of two runs on the questions that both have answered, from their eval.jsonl.
 
     python -m lab.compare RUN_A RUN_B [--step N] [--out compare.png]
 
@@ -90,15 +90,19 @@ def table(found):
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def draw(plt, found, path):
-    """Draw every set's difference with its interval; where that does not reach 0, the runs differ."""
-    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.4 * len(found)))
+def draw(plt, found, names, path):
+    """Draw every set's difference with its interval; where that does not reach 0, the runs differ.
+
+    names: both runs' folders.
+    """
+    figure, axis = plt.subplots(figsize=(6, 1.6 + 0.4 * len(found)))
     for place, c in enumerate(found.values()):
         x, low, high = (100 * value for value in (c["difference"], *c["interval"]))
         axis.errorbar(x, -place, xerr=[[x - low], [high - x]], fmt="o", color="C0", capsize=3)
     axis.set_yticks([-place for place in range(len(found))], list(found))
     axis.axvline(0, color="grey", linewidth=0.6)
-    axis.set(title="B - A with its 95% interval, points")
+    axis.set(ylim=(0.6 - len(found), 0.6) if len(found) > 1 else (-1, 1), xlabel="points, with 95% interval",
+             title="B: {1}\nminus A: {0}".format(*names))
     save_figure(plt, figure, path)
 
 
@@ -116,7 +120,7 @@ def main(argv=None):
         print(f"A: {args.runs[0]} after step {step_a}\nB: {args.runs[1]} after step {step_b}\n")
         print("\n".join(table(found)))
         if plt := pyplot():
-            draw(plt, found, args.out)
+            draw(plt, found, args.runs, args.out)
             print(f"\n{args.out}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"lab.compare: {error}\n")

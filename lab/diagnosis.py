@@ -28,8 +28,8 @@ Gradients that take more than LARGEST bytes together are compared in some of the
 ones drawn at random: coherence, signal and errors are estimates then. With --diagnose_layers only the last
 layers count, and steps are left out, since clipping needs the norm of the whole gradient.
 
-What stands beside the teachers' objective is left out: --token_weight, --kl_weight, and --reward_weight, since
-a rollout alone has none to be compared with.
+What stands beside the teachers' objective is left out: --token_weight, --kl_weight, and --reward_weight,
+since a rollout alone has none to be compared with.
 """
 import contextlib
 import copy

@@ -270,7 +270,7 @@ def verdict(name, function):
         check(function)
     except Refused as error:
         return f"not yet: {error}"
-    except Exception as error:                          # whatever a function of somebody's own raises
+    except (Exception, SystemExit) as error:            # whatever a function of somebody's own raises
         return f"not yet: {type(error).__name__}: {first_line(error)}"
     return "right"
 
@@ -280,14 +280,17 @@ def main(argv=None):
     parser = Parser(prog="python -m lab.exercises", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.py")
-    path = parser.parse_args(argv).file
+    try:
+        path = parser.parse_args(argv).file
+    except Refused as error:
+        raise SystemExit(f"lab.exercises: {error}") from None
     try:
         if not path.exists():
             stubs = [inspect.getsource(function).partition("\n")[2] for function, _ in EXERCISES.values()]
             write_file(path, "\n\n".join([HEAD, *stubs]))
             return print(f"{path} has {len(stubs)} exercises; fill them in, then run the same command")
         found = runpy.run_path(str(path))
-    except Exception as error:                          # the file does not run, or cannot be written
+    except (Exception, SystemExit) as error:            # the file does not run, or cannot be written
         raise SystemExit(f"lab.exercises: {path}: {type(error).__name__}: {first_line(error)}") from None
     verdicts = {name: verdict(name, found.get(name)) for name in EXERCISES}
     for number, (name, said) in enumerate(verdicts.items(), 1):

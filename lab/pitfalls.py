@@ -23,6 +23,7 @@ from losses import DIVERGENCES, LOSSES, divergence, policy_gradient_weight, targ
 
 from .report import markdown_table, pyplot, save_figure
 
+
 def gradient(z_NV, w_NV, name, **kind):
     """Return the gradient [N, V] of the tokens' divergences in the student's logits."""
     return torch.func.grad(lambda z: divergence(z, w_NV, name, **kind).sum())(z_NV)
@@ -75,7 +76,7 @@ def certainty():
     the policy gradient's, as no other token is ever drawn. Forward KL's is p - q. (A chat model specialised
     in JSON begins with `{"` at p = 1.0000: there reverse KL is 13.5 nats, and its gradient 6e-5.)
 
-    Look for the exponents: with 1 the gradient shrinks as eps does, with 0 it stays.
+    Look for the exponents: with 1 the gradient shrinks as eps does, with 0 it stays, below 0 it explodes.
     """
     w, levels = logits(0.01, *[0.11] * 9), [10.0**-n for n in range(1, 8)]
     student = lambda eps: logits(1 - eps, *[eps / 9] * 9)
@@ -86,7 +87,7 @@ def certainty():
         size = [loss(student(eps)).norm().item() for eps in levels]
         p = [z.softmax(-1)[0, 0].item() for z in descend(student(1e-4), loss, 400, 0.2)]
         sizes[name], paths[name] = (levels, size), (range(401), p)
-        numbers[f"{name}: exponent, gradient at eps 1e-6, p after 400 steps from 1 - 1e-4"] = (
+        numbers[f"{name}: exponent, gradient at eps 1e-6, p after 400 steps from eps 1e-4"] = (
             math.log10(size[4] / size[6]) / 2, size[5], p[-1])
     return numbers, [("size of the gradient", "eps", sizes, dict(xscale="log", yscale="log")),
                      ("p of the wrong token", "step", paths, {})]
@@ -120,7 +121,8 @@ def raw_top_k():
         for title, ys in zip(titles, zip(*found)):
             curves[title][form] = range(200), ys
         numbers[f"{form}: {', '.join(titles)} at the end"] = tuple(found[-1])
-        numbers[f"{form}: tokens, repeated 3-grams of a text"] = sum(map(len, texts)) / 64, repeated(texts)
+        numbers[f"{form}: tokens of a text, share of repeated 3-grams"] = (
+            sum(map(len, texts)) / 64, repeated(texts))
     return numbers, [(f"{title}, nats", "step", curves[title], {}) for title in titles]
 
 
@@ -166,8 +168,10 @@ def student_prefixes():
                 seen[:, T + t] = torch.multinomial((model if t < m else teacher)(seen), 1)[:, 0]
             right.append(100 * (seen[:, -1] == given.sum(1) % 10).double().mean().item())
         curves[f"behind {name}"] = range(T), right
-    return ({f"teacher {who}, right answers for m = 0 to 3, %": tuple(ys) for who, (_, ys) in curves.items()},
-            [("the teacher's right answers, %", "m: steps written before", curves, dict(ylim=(0, 105)))])
+    return ({f"teacher {who}, right answers in %: m = 0, m = 1, m = 2, m = 3": tuple(ys)
+             for who, (_, ys) in curves.items()},
+            [("the teacher's right answers, %", "m: steps written before", curves,
+              dict(ylim=(0, 105), xticks=range(T)))])
 
 
 def privileged():
@@ -189,16 +193,16 @@ def privileged():
         curves[f"student, {name}"] = range(5), p_V.tolist()
         mean = "geometric mean" if name == "rkl" else "arithmetic mean"
         numbers[f"{name}: answer 3, distance from the {mean}"] = p_V[3].item(), (p_V - mean_V).norm().item()
-    return numbers, [("probability", "answer", curves, dict(ylim=(0, 1)))]
+    return numbers, [("probability", "answer", curves, dict(ylim=(0, 1), xticks=range(5)))]
 
 
 def veto():
     """Forward KL pulls hardest where the student knows least; Veto damps it, and must end.
 
-    Forward KL's gradient is p - q, nearly 1 on a token that the student finds absurd. In Veto's target, q
-    p^beta renormalised (2601.07155), such a token has no share. But a beta that stays has the fixed point
-    q^(1 / (1 - beta)), too sharp: it must fall to 0. In the paper's code it ends at 1 - 1/P of its way, with
-    P processes.
+    Forward KL's gradient is p - q, nearly 1 in size on the teacher's token if the student finds it absurd. In
+    Veto's target, q p^beta renormalised (2601.07155), such a token has hardly a share. But a beta that stays
+    has the fixed point q^(1 / (1 - beta)), too sharp: it must fall to 0. In the paper's code it ends at
+    1 - 1/P of where it began, with P processes.
 
     Look for the left ends of the curves, and for the KL that stays where beta does.
     """
@@ -224,7 +228,7 @@ def modes():
     what the teacher rules out, and keeps to one hump; forward KL punishes what the student leaves out, and
     covers both and the valley between. Jensen-Shannon does here as reverse KL.
 
-    Look for the mass in the valley, which the teacher never says, and for that on the smaller hump.
+    Look for the mass in the valley, which the teacher hardly ever says, and for that on the smaller hump.
     """
     v = torch.arange(80).double()
     hump = lambda m, log_s: -(((v - 10 * m) / log_s.exp()) ** 2)[None] / 2
@@ -263,8 +267,10 @@ def one_token():
         weight_N = advantage(*(x.gather(1, y_N1)[:, 0] for x in (lp_NV, lq_NV)))
         total = total + sampled_gradient(z_NV, y_N1[:, 0], weight_N)
         errors.append(off(total / draw, rkl))
+    draws = range(1, 1001)
     return (numbers | {f"pg, {n} draws, distance from rkl": errors[n - 1] for n in (1, 10, 100, 1000)},
-            [("distance from rkl's gradient", "draws for each token", {"pg": (range(1, 1001), errors)},
+            [("distance from rkl's gradient / its size", "draws for each token",
+              {"pg": (draws, errors), "1 / sqrt(draws)": (draws, [errors[0] / n**0.5 for n in draws])},
               dict(xscale="log", yscale="log"))])
 
 
@@ -274,23 +280,47 @@ PITFALLS = {function.__name__: function for function in
             (certainty, raw_top_k, student_prefixes, privileged, veto, modes, one_token)}
 
 
+ABOUT = ("p is the student's distribution of the next token and q the teacher's, z and w are their logits. "
+         "Reverse KL, rkl, is KL(p || q), what on-policy distillation minimises; forward KL, fkl, is "
+         "KL(q || p). The other losses are those of `losses.py`, all sizes are in nats. "
+         "`python -m lab.pitfalls NAME` makes a page of one section, with the same digits.")
+
+
 def section(name, out, plt):
-    """Reproduce a pitfall and write its picture. Return its blocks of the page and the rows of its table."""
+    """Reproduce a pitfall and write its picture. Return its blocks of the page and what it has measured."""
     torch.manual_seed(0)
     numbers, panels = PITFALLS[name]()
     heading, *text = [" ".join(part.split()) for part in PITFALLS[name].__doc__.split("\n\n")]
-    rows = [[what, ", ".join(f"{x:.3g}" for x in (found if isinstance(found, tuple) else [found]))]
-            for what, found in numbers.items()]
     if plt:
-        figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4.2 * len(panels), 3.4))
+        figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4.2 * len(panels) + 1, 3.4))
         for axis, (title, of_x, curves, settings) in zip(axes[0], panels):
-            for i, (label, curve) in enumerate(curves.items()):
-                axis.plot(*curve, ("-", "--", ":")[i % 3], label=label)
+            for i, (label, curve) in enumerate(curves.items()):     # thinner and thinner: none hides another
+                axis.plot(*curve, ("-", "--", ":")[i % 3], linewidth=2.5 - 1.5 * i / len(curves),
+                          marker="o" if len(curve[0]) < 10 else "", markersize=4, label=label)
             axis.set(title=title, xlabel=of_x, **settings)
-            axis.legend(fontsize=6)
+            if axis is axes[0, -1] or list(curves) != list(panels[-1][2]):
+                axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
         save_figure(plt, figure, out / f"{name}.png")
-    table = markdown_table([[f"`{name}`", "measured"], *rows])
-    return [f"## {heading}", *text, *[f"![{name}]({name}.png)"] * bool(plt), table], rows
+    picture = [f"![{name}]({name}.png)"] * bool(plt)
+    return [f"## {heading}", *text, *picture, *map(markdown_table, tables(name, numbers))], numbers
+
+
+def digits(found):
+    """Return a number, or each of several, with three digits, in a list."""
+    return [f"{x:.3g}" for x in (found if isinstance(found, tuple) else [found])]
+
+
+def tables(name, numbers):
+    """Return tables of numbers {"ROW: COLUMN, COLUMN": found}; rows that have the same columns share one."""
+    rows = {}
+    for what, found in numbers.items():
+        row, _, columns = what.rpartition(": ")
+        cells = zip(columns.split(", ") if row else ["measured"], digits(found), strict=True)
+        rows.setdefault(row or what, {}).update(cells)
+    out = {}
+    for row, cells in rows.items():
+        out.setdefault(tuple(cells), [[f"`{name}`", *cells]]).append([row, *cells.values()])
+    return list(out.values())
 
 
 def main(argv=None):
@@ -300,15 +330,16 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(PITFALLS)}")
     parser.add_argument("--out", default="runs/pitfalls", metavar="DIR", help="default: runs/pitfalls")
     args = parser.parse_args(argv)
-    out, plt, page = Path(args.out), pyplot(), ["# Pitfalls of on-policy distillation"]
+    out, plt, page = Path(args.out), pyplot(), ["# Pitfalls of on-policy distillation", ABOUT]
     try:
         if unknown := [name for name in args.names if name not in PITFALLS]:
             raise Refused(f"{unknown[0]!r} is unknown; {nearest(unknown[0], PITFALLS)}")
         out.mkdir(parents=True, exist_ok=True)
         for name in tqdm(args.names or PITFALLS, desc="pitfalls"):
-            blocks, rows = section(name, out, plt)
+            blocks, numbers = section(name, out, plt)
             page += blocks
-            tqdm.write("\n".join([name, *(f"  {what:<76} {x}" for what, x in rows)]), file=sys.stdout)
+            tqdm.write("\n".join([name, *(f"  {what:<76} {', '.join(digits(found))}"
+                                          for what, found in numbers.items())]), file=sys.stdout)
         write_file(out / "pitfalls.md", "\n\n".join(page) + "\n")
     except (Refused, OSError) as error:
         raise SystemExit(f"lab.pitfalls: {first_line(error)}") from None

@@ -8,6 +8,7 @@ Every row of every seed is a run of opd.py of its own, in OUT/seed0/ROW and so o
 again, and what was interrupted is resumed: the same command again continues.
 """
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -596,7 +597,9 @@ def describe(name, seeds, quick):
 def cost(recipe, row):
     """Return the predicted hours and memory of a row, in words."""
     time, gib = hours(recipe, row), recipe.gib.get(row)
-    return "cost not predicted" if time is None else f"at most {time:.1f} h{gib and f', {gib:.0f} GiB' or ''}"
+    if time is None:
+        return "cost not predicted"
+    return f"at most {math.ceil(10 * time) / 10:.1f} h{gib and f', {gib:.0f} GiB' or ''}"
 
 
 def total_cost(recipe, seeds=1):
@@ -604,7 +607,7 @@ def total_cost(recipe, seeds=1):
     times = [hours(recipe, row) for row in recipe.rows]
     if None in times:
         return "not predicted"
-    return f"at most {seeds * sum(times):.0f} h, {max(recipe.gib.values(), default=0):.0f} GiB"
+    return f"at most {math.ceil(seeds * sum(times))} h, {max(recipe.gib.values(), default=0):.0f} GiB"
 
 
 # ---- the command line --------------------------------------------------------------------------------------

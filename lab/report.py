@@ -108,8 +108,12 @@ def write_run(out):
 
 
 def markdown_table(rows):
-    """Return a table in Markdown. The first row is the header; every cell is text or a number."""
-    header, *others = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    """Return a table in Markdown. The first row is the header; every cell is text or a number.
+
+    A | in a cell, as in KL(p || q), would begin another one.
+    """
+    header, *others = ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |"
+                       for row in rows]
     return "\n".join([header, "| " + " | ".join(["---"] * len(rows[0])) + " |", *others])
 
 
@@ -216,7 +220,7 @@ def interval(values):
     p, variance, z = statistics.mean(values), statistics.pvariance(values), 1.96
     n = len(values) * (p * (1 - p) / variance if variance else 1)
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
 
 
 def with_interval(values):

@@ -169,6 +169,7 @@ def test_an_evaluation_is_done_when_its_report_is_there(evaluation, tmp_path, pr
     other = prompts("other", WORD_ROWS[1:])
     for flags, message in ((dict(student=models / "b"), "another content of student"),
                            (dict(eval_prompts=[f"e={other}"]), "another content of e"),
+                           (dict(eval_prompts=[f"f={other}"]), "another content of e, f would"),
                            (dict(eval_temperature=0.5), "another eval_temperature"),
                            (dict(seed=1), "another seed")):
         assert message in said(evaluation(out=out, resume=True, **flags))
@@ -177,6 +178,10 @@ def test_an_evaluation_is_done_when_its_report_is_there(evaluation, tmp_path, pr
     opd.main(evaluation(out=out, resume=True))
     assert {"eval.jsonl.old", "report.md"} <= files().keys()
     assert files()["eval.jsonl"] == before["eval.jsonl"] and len(records(out)) == 5
+
+
+def test_an_evaluation_has_one_student(evaluation, models):
+    assert "--eval_only has one --student;" in said(evaluation(student=[models / "a", models / "b"]))
 
 
 def test_trainings_and_evaluations_do_not_continue_each_other(start, argv, evaluation):
@@ -231,6 +236,7 @@ def test_the_interval_is_wilsons_for_right_and_wrong():
             assert (right / n - end) ** 2 == pytest.approx(z * z * end * (1 - end) / n, abs=1e-12)
         assert low <= right / n <= high and high - low > 0
     assert report.interval([1] * 5 + [0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert report.with_interval([0] * 10) == "0.0 [0.0, 27.8]"                          # not -0.0
 
 
 def test_the_interval_covers_the_mean_of_questions_with_several_completions():
@@ -323,6 +329,7 @@ def test_two_runs_are_compared_and_drawn(tmp_path, capsys, monkeypatch):
     (figure, path), = figures
     axis, = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["x", "y"]
+    assert axis.get_title() == f"B: {b}\nminus A: {a}" and "points" in axis.get_xlabel()
     drawn = [container[0].get_xdata()[0] for container in axis.containers]
     assert drawn == pytest.approx([600 / 7, 50])
     monkeypatch.undo()

@@ -117,6 +117,12 @@ def test_the_command_line_writes_and_checks_a_file(tmp_path):
     said = run()
     assert said.returncode == 1 and [line.split()[1] for line in said.stdout.splitlines()
                                      if line.endswith("right")] == ["importance", "log_partition"]
+    for wrong in ([], ["--nope"]):
+        with pytest.raises(SystemExit, match="^lab.exercises: "):
+            exercises.main(wrong)
+    path.write_text("raise SystemExit(0)")                              # is no verdict
+    with pytest.raises(SystemExit, match="^lab.exercises: .*SystemExit: 0"):
+        exercises.main([str(path)])
     path.write_text("import nothing_of_that_name")
     assert "lab.exercises: " in run().stderr and "Traceback" not in run().stderr
 

@@ -397,16 +397,22 @@ def test_the_advantage_is_the_clipped_gap_and_the_weighted_reward(start, method,
     assert (ours - gradients(run.student)).abs().max() < 1e-6 * ours.abs().max()
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.25])
-def test_exopd_has_the_advantage_of_the_paper(start, scale):
-    """A = lambda log q/r - log p/r, r the student as it started, all at the temperature of the loss."""
-    run = double(start(method="exopd", exopd_lambda=scale, batch=4))
+def left_behind(run):
+    """The student as it started, in float64, after the student has moved away from it."""
     reference = run.self_teacher(run.student)
     reference.net.double()
     reference.dtype = torch.float64
     with torch.no_grad():
         for parameter in run.student.net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
+    return reference
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25])
+def test_exopd_has_the_advantage_of_the_paper(start, scale):
+    """A = lambda log q/r - log p/r, r the student as it started, all at the temperature of the loss."""
+    run = double(start(method="exopd", exopd_lambda=scale, batch=4))
+    reference = left_behind(run)
     jobs = next(run.jobs())
     scattered(run, jobs)
     value, ours = accumulate(run, jobs), gradients(run.student)
@@ -434,12 +440,7 @@ def test_exopd_that_does_not_extrapolate_is_mopd(start):
 def test_the_kl_anchor_is_added_to_the_loss_and_halves_nothing(start, method, given):
     """The gradient is the method's own plus beta times that of KL(p || start), means over the same rollouts."""
     run = double(start(method=method, kl_weight=0.3, **given))
-    reference, temperature = run.self_teacher(run.student), run.cfg.loss_temperature
-    reference.net.double()
-    reference.dtype = torch.float64
-    with torch.no_grad():
-        for parameter in run.student.net.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
+    reference, temperature = left_behind(run), run.cfg.loss_temperature
     jobs = next(run.jobs())
     own, anchor = jobs
     if method == "grpo":

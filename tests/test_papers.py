@@ -126,9 +126,11 @@ def test_a_dry_run_shows_everything_and_runs_nothing(name, capsys, monkeypatch, 
     for row in one.rows:
         command, = [line for line in shown.splitlines() if f"/seed0/{row} --resume" in line]
         assert vars(parse(recipes.shlex.split(command)[2:], "", METHODS))["seed"] == 0
-        assert f"{row}: at most {recipe.hours(one, row):.1f} h, {one.gib[row]:.0f} GiB" in shown
+        said = re.search(rf"^{re.escape(row)}: at most ([\d.]+) h, {one.gib[row]:.0f} GiB$", shown, re.M)
+        assert 0 <= float(said[1]) - recipe.hours(one, row) < 0.1       # a bound is not rounded down
     assert all(text in flat for text in (one.about, *one.deviations, *one.elsewhere.values()))
-    assert f"2 seed(s): at most {2 * sum(recipe.hours(one, row) for row in one.rows):.0f} h" in shown
+    said = int(re.search(r"2 seed\(s\): at most (\d+) h", shown)[1])
+    assert 0 <= said - 2 * sum(recipe.hours(one, row) for row in one.rows) < 1
 
 
 def test_the_recipes_are_complete_and_fit_the_card():
@@ -152,6 +154,19 @@ def test_camopds_numbers_have_the_papers_averages():
     assert {*roleplay.rows} == {*roleplay.expected["full"]} - {"general teacher", "Relaxed OPD", "SelecTKD"}
     assert all(len(cells) == len(roleplay.columns) + len(roleplay.elsewhere)
                for cells in roleplay.expected["full"].values())
+
+
+def test_the_list_of_recipes_on_the_page_has_their_rows_and_costs():
+    page = (ROOT / "lab" / "README.md").read_text()
+    for name, one in OURS.items():
+        line, = re.findall(rf"^\| `{name}` .*", page, re.M)
+        hours = recipes.total_cost(one).split(",")[0]
+        assert line.endswith(f"| {len(one.rows)} | not run; predicted: {hours} |")
+    pairs = {name: one for name, one in papers.RECIPES.items() if name not in OURS}
+    costs = ", ".join(recipes.total_cost(one).split()[2] for one in pairs.values())
+    assert {len(one.rows) for one in pairs.values()} == {7}
+    assert re.search("^\\| " + ", ".join(f"`{name}`" for name in pairs)
+                     + rf" .*\| 7 each \| not run; predicted: at most {costs} h \|$", page, re.M)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
@@ -264,7 +279,11 @@ def test_a_mixture_has_its_counts_and_depends_on_its_seed(tmp_path, prompts, cap
     rows = [json.loads(line) for line in one.splitlines()]
     assert len({row["prompt"] for row in rows}) == 6 and rows[-1] == {"prompt": "y"} and "row" not in rows[0]
     assert one == mixed(1, *parts) != mixed(2, *parts)
+    capsys.readouterr()
+    mixed(1, f"main=1:{long}")
+    assert re.search("main.jsonl is there and stays as it is", capsys.readouterr().out)
     for words, message in ((f"main=2:{long}", "1 prompts of at most 100 characters.* 2 were asked for"),
+                           (f"main=0:{long}", "is not NAME=COUNT:SOURCE"),
                            (f"main:{long}", "is not NAME=COUNT:SOURCE"), ("main=1:/none", "no prompt file")):
         with pytest.raises(SystemExit):
             mixed(3, words)
