@@ -205,7 +205,7 @@ def test_what_is_of_training_has_no_effect_on_an_evaluation(name):
 
 
 def test_an_evaluation_is_of_one_student():
-    with pytest.raises(Refused, match="^--eval_only evaluates one student, not 2"):
+    with pytest.raises(Refused, match="^--eval_only has one --student; evaluate each"):
         opd.configure(["--student", "a", "b", "--eval_prompts", "e", "--device", "cpu", "--eval_only"])
 
 
