@@ -15,6 +15,7 @@ CHARACTERS = 16_000         # of a prompt, about the 4,096 tokens at which the p
 SYSTEM = ("You are a careful medical reasoning assistant. Provide educational medical information, mention "
           "uncertainty when relevant, and recommend professional medical care for diagnosis or treatment "
           "decisions.")
+LETTER = 'Please reason step by step, and end with "Final answer: X", where X is the letter of your choice.'
 CHOOSE = "Please reason step by step and give the final answer choice at the end."
 ANSWER = ("Please reason step by step and answer clearly. Do not present the answer as a substitute for "
           "professional medical advice.")
@@ -89,7 +90,5 @@ def expert(row):
     text = row["question"].partition("\nAnswer Choices:")[0]
     if row["label"] not in options:
         raise Refused(f"the answer {row['label']!r} is no choice's letter")
-    words = [text, *(f"{letter}. {option}" for letter, option in options.items()),
-             'Please reason step by step, and end with "Final answer: X", where X is the letter of your '
-             "choice."]
-    return {"prompt": "\n".join(words), "answer": row["label"], "grader": "final_letter"}
+    lines = [text, *(f"{letter}. {option}" for letter, option in options.items()), LETTER]
+    return {"prompt": "\n".join(lines), "answer": row["label"], "grader": "final_letter"}

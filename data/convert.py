@@ -23,8 +23,6 @@ from . import camopd, ifeval, sciknoweval
 from .files import write_file
 
 MATH_PROMPT = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-LETTER_PROMPT = ('{}\n\nPlease reason step by step, and end with "Final answer: X", where X is the letter of '
-                 "your choice.")
 
 
 def gsm8k(row):
@@ -47,7 +45,7 @@ def medqa(row):
                                                                   for x in sorted(row["options"]))
     if not letter or f"({letter}) " not in text:
         raise Refused(f"the answer {letter!r} is no choice's letter")
-    return {"prompt": LETTER_PROMPT.format(text), "answer": letter, "grader": "final_letter"}
+    return {"prompt": f"{text}\n\n{camopd.LETTER}", "answer": letter, "grader": "final_letter"}
 
 
 def worked(row):

@@ -83,17 +83,20 @@ def random_flags(rng, world):
     defaults, losses = METHODS[name].defaults, METHODS[name].losses
     flags = flags_of(world, name) | dict(steps=2, loss=rng.choice(losses), batch=rng.choice([2, 3, 4, 7]))
     more = dict(micro_tokens=[1, 30, 100], optimizer=["sgd", "muon"], grad_clip=[0, 0.1], warmup=[1, 9],
-                lr_schedule=["linear", "cosine"], loss_temperature=[0.5, 2], dtype=["bfloat16"], seed=range(99),
+                lr_schedule=["linear", "cosine"], loss_temperature=[0.5, 2], dtype=["bfloat16"],
+                seed=range(99),
                 gradient_checkpointing=[True], drop_cut=[True], temperature=[0.5], top_p=[0.6],
                 sample_batch=[1, 3], max_new_tokens=[1, 3, 12], skip_bad_steps=[2], save_every=[0],
-                rollouts=[1, 2, 5] if "rollouts" in defaults else [], lora_rank=[2] if find_spec("peft") else [],
+                rollouts=[1, 2, 5] if "rollouts" in defaults else [],
+                lora_rank=[2] if find_spec("peft") else [],
                 self_teacher=["ema", "frozen", "live"] if "self_teacher" in defaults else [],
                 token_weight=list(RULES) if "token_weight" in defaults else [],
                 kl_weight=[0.1] if "kl_weight" in defaults else [],
                 teacher_system=[world / "system.txt"] if "teacher_system" in defaults else [])
     if flags["loss"] in DIVERGENCES:
         knob = DIVERGENCES[flags["loss"]].knob
-        more |= dict(target=["veto", "taid"], support=SUPPORTS, entry_clip=[0, 0.01], **({knob: [0, 0.3, 1, 2]} if knob else {}))
+        more |= dict(target=["veto", "taid"], support=SUPPORTS, entry_clip=[0, 0.01],
+                     **({knob: [0, 0.3, 1, 2]} if knob else {}))
     flags |= {flag: rng.choice(values) for flag, values in more.items() if values and rng.random() < 0.3}
     return flags | (dict(top_k=rng.choice([1, 5, 999])) if flags.get("support", "full") != "full" else {})
 
@@ -102,7 +105,8 @@ def command(out, flags):
     """Return the words of a command line."""
     words = ["--out", str(out), "--resume"]
     for flag, value in flags.items():
-        words += [f"--{flag}", *(str(x) for x in (value if isinstance(value, list) else [value]) if x is not True)]
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{flag}", *(str(x) for x in values if x is not True)]
     return words
 
 
@@ -175,14 +179,15 @@ class Chaos:
         """Kill runs of every method and resume them; they must leave what an undisturbed run leaves."""
         (cases, places), seen, out = self.undisturbed(), Counter(), self.world / "killed"
         self.rng.shuffle(places)
-        for i, (line, *_) in enumerate(places):         # every line once before any a second time, renames first
+        for i, (line, *_) in enumerate(places):     # every line once before any a second time, renames first
             seen[line] += 1
             places[i] = (seen[line], not line.startswith(("atomic_folder", "write_file")), *places[i])
         for _, _, line, name, number in self.passing(seconds, sorted(places), "kills"):
             shutil.rmtree(out, ignore_errors=True)
             (flags, expected, took), kills, status = cases[name], [], -signal.SIGKILL
             while status == -signal.SIGKILL:
-                any_time, early = dict(seconds=self.rng.uniform(0, took)), dict(kill_at=self.rng.randrange(99))
+                any_time = dict(seconds=self.rng.uniform(0, took))
+                early = dict(kill_at=self.rng.randrange(99))
                 how = [{}, {}, early, any_time] if kills else [dict(kill_at=number)] * 3 + [any_time]
                 kills.append(self.rng.choice(how))
                 status, said = self.run(out, flags, **kills[-1])
@@ -206,7 +211,8 @@ class Chaos:
 
 def main():
     """Run the three parts and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -167,7 +167,8 @@ def snapshot(root, without=None):
     """Names, sizes and times of all files in a folder but locks and caches, and the names of its folders."""
     found = {}
     for path in sorted(root.rglob("*")):
-        if path.name == ".lock" or "__pycache__" in path.parts or without and (path == without or without in path.parents):
+        beside = without and (path == without or without in path.parents)
+        if path.name == ".lock" or "__pycache__" in path.parts or beside:
             continue
         stat = path.lstat()
         found[path] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
@@ -239,7 +240,8 @@ def row(name, make, *words, **more):
 
 def only(world, *words):
     """A command line that only evaluates a tiny model."""
-    line = ["--student", world.models / "a", "--device", "cpu", "--max_new_tokens", "2", "--eval_only", *words]
+    line = ["--student", world.models / "a", "--device", "cpu", "--max_new_tokens", "2", "--eval_only",
+            *words]
     return list(map(str, line))
 
 
@@ -332,7 +334,8 @@ LINES = [                                                       # no file of the
     row("--support of akl", words(loss="akl", support="student_sg", top_k=5),
         "akl needs the full vocabulary"),
     row("--entry_clip of akl", words(loss="akl", entry_clip=0.1), "--entry_clip has no effect without"),
-    row("--entry_clip of pg", words("mopd", loss="pg", entry_clip=0.1), "no effect without a divergence other"),
+    row("--entry_clip of pg", words("mopd", loss="pg", entry_clip=0.1),
+        "no effect without a divergence other"),
     row("--entry_clip below 0", words(loss="fkl", entry_clip=-1), "--entry_clip", "-1", "at least 0"),
     row("--top_k alone", words(top_k=5), "--top_k has no effect without a --support"),
     row("--target with pg", words("mopd", loss="pg", target="veto"),
@@ -1288,7 +1291,7 @@ RESUME = [
             "--resume with another content of"),
     resumed("a config of another version",
         lambda f: (f / "config.json").write_text('{"method": "opd", "versions": {}}'),
-            "out was begun by another version of opd, without adam_beta2; continue it with that one, or choose"),
+            "out was begun by another version of opd, without adam_beta2; continue it with that one"),
     row("a run that goes on", lambda w: dict(out=taken(w, w.root / "out")), "out belongs to process",
         "choose another --out",
         reads=True),
@@ -1401,7 +1404,8 @@ CONVERT = [
     converted("IFEval in another format", lambda w: ["google/IFEval", "--file", w.file("g", {"prompt": "a"})],
         "g:1: not a row of google/IFEval: KeyError('kwargs')"),
     converted("IFEval without an instruction's arguments", lambda w: ["google/IFEval", "--file", w.file("g", {
-        "prompt": "a", "instruction_id_list": ["b", "c"], "kwargs": [{}]})], "g:1: not a row of google/IFEval",
+        "prompt": "a", "instruction_id_list": ["b", "c"], "kwargs": [{}]})],
+        "g:1: not a row of google/IFEval",
         "argument 2 is shorter"),
     converted("IFEval with texts for arguments", lambda w: ["google/IFEval", "--file", w.file("g", {
         "prompt": "a", "instruction_id_list": ["b"], "kwargs": ["c"]})], "g:1: not a row of google/IFEval"),
@@ -1414,7 +1418,8 @@ CONVERT = [
     gsm8k("an answer that is a number", {"question": "a", "answer": 5}, ":1: not a row of openai/gsm8k"),
 ]
 
-TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *SYSTEM, *CHAT, *CONFIGS,
+TABLE = [*LINES, *one_flag_rows(), *OUT, *STUDENT, *FILES, *ROWS, *GRADERS, *TEMPLATES, *SYSTEM,
+         *CHAT, *CONFIGS,
 *WEIGHTS,
          *RESUME, *RECIPES, *COMPARE, *CONVERT]
 
@@ -1441,7 +1446,8 @@ def test_bad_input_ends_in_one_line(row, world, monkeypatch, capsys):
 
 def test_the_inputs_that_the_rows_are_made_of_pass(world, monkeypatch, capsys):
     """Otherwise a row could be refused for what it has in common with all others."""
-    for line in (world.argv(), world.argv(method="opsd"), only(world, "--eval_prompts", world.file("e", GOOD)),
+    for line in (world.argv(), world.argv(method="opsd"),
+                 only(world, "--eval_prompts", world.file("e", GOOD)),
                  world.argv(prompts=world.file("rows.jsonl", GOOD)),
                  world.argv(student=world.model(template=CHATML), teachers=world.model(template=CHATML),
                             prompts=world.file("p", {"prompt": [ME]})),

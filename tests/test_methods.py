@@ -438,13 +438,13 @@ def test_exopd_that_does_not_extrapolate_is_mopd(start):
     ("opd", dict(loss="rkl")), ("mopd", {}), ("grpo", dict(rollouts=4, batch=2)),
     ("opd", dict(loss="fkl", drop_cut=True, loss_temperature=1.5, batch=16, max_new_tokens=30))], ids=str)
 def test_the_kl_anchor_is_added_to_the_loss_and_halves_nothing(start, method, given):
-    """The gradient is the method's own plus beta times that of KL(p || start), means over the same rollouts."""
+    """The gradient is the method's own plus beta times that of KL(p || start), over the same rollouts."""
     run = double(start(method=method, kl_weight=0.3, **given))
     reference, temperature = left_behind(run), run.cfg.loss_temperature
     jobs = next(run.jobs())
     own, anchor = jobs
     if method == "grpo":
-        own.weights = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]     # those without an advantage are anchored, too
+        own.weights = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]     # those of weight 0 are anchored, too
     own_value, ours = accumulate(run, [own]), gradients(run.student)
     value, both = accumulate(run, jobs), gradients(run.student)
     run.student.net.zero_grad()
@@ -461,7 +461,7 @@ def test_the_kl_anchor_is_added_to_the_loss_and_halves_nothing(start, method, gi
 
 
 def test_the_anchor_has_its_own_line_of_statistics_and_weighs_as_much_as_said(start, prompts, models):
-    """What a step says is of the method; a heavy anchor keeps the student where it is; a context is not for it."""
+    """What a step says is of the method; a heavy anchor holds the student; contexts are not for it."""
     flags = dict(method="opd", lr=1e-3, steps=4, prompts=[prompts("told", told_rows())])
     free, light, heavy = (start(**flags, **more) for more in ({}, dict(kl_weight=0), dict(kl_weight=100)))
     before = parameters(free.student)
@@ -545,7 +545,8 @@ def test_the_gradient_has_the_weights_of_the_table(start, name, knob, loss, micr
     job = Job(run.student, run.teacher, lively(run), run.objective)
     pairs = [[x.detach() for x in both(run, r, 1.5)] for r in job.rollouts]
     if name == "eopd":                                          # half of the 42 tokens are above it
-        run.cfg.token_knob = knob = torch.cat([entropy(lq) for _, lq in pairs]).sort().values[20:22].mean().item()
+        in_order_N = torch.cat([entropy(lq) for _, lq in pairs]).sort().values
+        run.cfg.token_knob = knob = in_order_N[20:22].mean().item()
     jobs = [job, *weigh_tokens(run, [job])]
     value, ours = accumulate(run, jobs), gradients(run.student)
     run.student.net.zero_grad()
@@ -587,7 +588,7 @@ def test_tip_finds_the_sure_and_wrong_tokens_that_entropy_does_not_see():
     assert RULES["entropy"].weigh(found, 0.5)[0].tolist() == [2, 2, 0, 0]
     assert RULES["tip"].weigh(found, 0.5)[0].tolist() == [2, 0, 2, 0]
     short = [dict(entropy_s=h[:1], value=d[:1]), *found]
-    assert [w_T.sum().item() for w_T in RULES["tip"].weigh(short, 0.3)] == [1, 4]   # a rollout keeps its weight
+    assert [w_T.sum().item() for w_T in RULES["tip"].weigh(short, 0.3)] == [1, 4]   # rollouts keep theirs
 
 
 def test_token_weights_and_the_methods_own_are_factors(start):
@@ -633,7 +634,7 @@ def test_a_teacher_reads_a_rollout_once_for_its_gaps_and_its_tokens_weights(star
 
 
 def test_what_is_not_learned_from_has_no_part_in_the_scale_of_tip(start):
-    """With --drop_cut a rollout that was cut is not read, and others have the weights that they have without it."""
+    """With --drop_cut a rollout that was cut is not read, and others weigh what they weigh without it."""
     run = double(start(loss="rkl", token_weight="tip", token_knob=0.3, drop_cut=True))
     run.sample = lambda *_: lively(run)
     eos = run.student.stops[0]

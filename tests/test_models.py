@@ -258,7 +258,8 @@ def broken(folder, tok):
 
 @pytest.mark.parametrize("make, expected", [
     (bidirectional, "in BertGenerationDecoder a token sees the ones after it"),
-    (encoder_decoder, "is a t5, not a decoder-only language model"), (quantised, "is quantised and cannot learn"),
+    (encoder_decoder, "is a t5, not a decoder-only language model"),
+    (quantised, "is quantised and cannot learn"),
     (broken, "has values that are not numbers")])
 def test_models_that_cannot_be_students_are_refused_by_name(argv, models, tmp_path, make, expected):
     tok = AutoTokenizer.from_pretrained(models / "a")
@@ -528,16 +529,19 @@ def test_predicted_memory_is_what_a_run_takes_part_by_part(start, larger, prompt
         assert predicted[phase] == pytest.approx(peak, rel=0.1), (phase, predicted, measured, parts)
 
 
-@pytest.mark.parametrize("given", [dict(kl_weight=0.1), *[dict(token_weight=name) for name in RULES]], ids=str)
+@pytest.mark.parametrize("given", [dict(kl_weight=0.1), *[dict(token_weight=name) for name in RULES]],
+                         ids=str)
 def test_terms_that_need_both_models_logits_have_both_buffers(start, given):
-    logits = lambda **more: preflight.memory(start(method="mopd", dry_run=True, **more))["logits of the fused loss"]
+    memory = lambda **more: preflight.memory(start(method="mopd", dry_run=True, **more))
+    logits = lambda **more: memory(**more)["logits of the fused loss"]
     both = given.get("token_weight") not in ("selectkd", "prefix")      # that sort, and that look at nothing
     assert logits(**given)["score"] == logits()["score"] * (1 + both)
 
 
 @pytest.mark.parametrize("given, roles", [
-    (dict(method="opd", kl_weight=0.1), ["student", "teacher", "itself"]), (dict(method="opd"), ["student", "teacher"]),
-    (dict(method="context"), ["student", "itself"]), (dict(method="context", self_teacher="live"), ["student"])],
+    (dict(method="opd", kl_weight=0.1), ["student", "teacher", "itself"]),
+    (dict(method="opd"), ["student", "teacher"]), (dict(method="context"), ["student", "itself"]),
+    (dict(method="context", self_teacher="live"), ["student"])],
     ids=str)
 def test_a_dry_run_names_the_student_as_it_started(start, capsys, given, roles):
     preflight.about_models(start(dry_run=True, **given))
